@@ -1,0 +1,65 @@
+# Two commands do everything: `make demo` and `make test`. Both make the environment when it is missing.
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/.ready
+DEMO := data/demo
+RUN := runs/demo
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+.PHONY: install demo rehearsal test check readme kernel clean
+
+install: $(READY)
+
+$(READY): settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# photographs, folds, report, weights, and the kernel run as Kaggle would run it
+demo: $(READY)
+	$(BIN)/biomass_demo --out $(DEMO) --n-train 96 --n-test 24 --seed 0
+	$(BIN)/biomass_folds notebooks/params/demo.yaml --jobs 2
+	$(BIN)/biomass_weights $(RUN)
+	$(BIN)/biomass_kernel
+	$(MAKE) --no-print-directory rehearsal
+	$(BIN)/biomass_report $(RUN)
+
+# hard links lay the inputs out as on Kaggle; the notebook runs in a folder of its own
+rehearsal: $(READY)
+	rm -rf $(RUN)/rehearsal
+	mkdir -p $(RUN)/rehearsal/input/competitions $(RUN)/rehearsal/input/datasets/you $(RUN)/rehearsal/working
+	cp -rl $(DEMO) $(RUN)/rehearsal/input/competitions/csiro-biomass
+	cp -r kaggle/weights $(RUN)/rehearsal/input/datasets/you/csiro-biomass-weights
+	cd $(RUN)/rehearsal/working && BIOMASS_INPUT=$(CURDIR)/$(RUN)/rehearsal/input $(BIN)/papermill \
+	    --no-progress-bar --log-level ERROR $(CURDIR)/kaggle/inference/inference.ipynb inference.ipynb
+	@echo "submission: $(RUN)/rehearsal/working/submission.csv"; head -3 $(RUN)/rehearsal/working/submission.csv
+
+test: $(READY) check
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest -q tests
+
+# everything that is built is built again elsewhere and compared, so that nothing of yours is overwritten
+check: $(READY)
+	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
+	cp -r settings.ini Makefile notebooks kaggle "$$copy" && cd "$$copy" && \
+	$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/biomass_kernel > /dev/null && $(MAKE) -s --no-print-directory readme BIN=$(BIN) && \
+	cd "$(CURDIR)" && for part in notebooks biomass_lib kaggle/inference README.md; do \
+	    diff -rq -x __pycache__ -x .ipynb_checkpoints -x runs -x '.*' "$$part" "$$copy/$$part" > "$$copy/differs" || { \
+	        echo "$$part is out of step with the notebooks:"; sed "s#$$copy/#built: #" "$$copy/differs"; \
+	        echo "remedy: edit the notebook, then nbdev_export, nbdev_clean, make kernel readme"; exit 1; }; \
+	done
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check notebooks tests setup.py
+
+readme:
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout \
+	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=remove notebooks/index.ipynb | \
+	    sed -E 's#\]\((images/|[0-9]{2}_)#](notebooks/\1#g; s#\]\(\.\./#](#g' > README.md.new
+	mv README.md.new README.md
+
+kernel: $(READY)
+	$(BIN)/biomass_kernel
+
+clean:
+	rm -rf runs data/demo kaggle/weights/*.safetensors kaggle/weights/manifest.json build dist .pytest_cache .ruff_cache
