@@ -1,0 +1,148 @@
+# %% [markdown]
+# # Pasture biomass from a photograph: inference
+#
+# Each photograph shows a 70 x 30 cm quadrat of pasture from above. From it we predict five dry masses in grams: green grass, dead
+# matter, clover, GDM (green dry matter: grass and clover) and the total. This notebook turns trained weights into `submission.csv`,
+# without a network.
+#
+# **How to run it.** Attach two inputs, the competition `csiro-biomass` and a dataset with the weights (a flat folder of
+# `*.safetensors` with a `manifest.json`), choose a T4 GPU, turn the internet off, and run all cells. On another computer, set the
+# environment variable `BIOMASS_INPUT` to the folder that holds both. Nothing else is needed: the library travels inside this notebook.
+#
+# **The method.**
+#
+# 1. The photograph, twice as wide as high, is cut into a left and a right half, and each is made smaller to a square.
+# 2. One image network looks at both halves. Its two feature vectors, side by side, go to three small heads, which predict *Total*, *GDM*
+#    and *Green*.
+# 3. The other two follow: *Dead* = Total - GDM and *Clover* = GDM - Green, cut off at zero. Three numbers can be learned better than five
+#    that have to agree with each other.
+# 4. Several networks vote, one for each fold of the cross-validation. Each had its own visits (dates) held out in training, so they err in
+#    different ways.
+# 5. Each network sees each photograph four times: as it is, flipped horizontally, flipped vertically, and both. A quadrat has no up and no
+#    left. The halves are flipped one by one and keep their places, as in training.
+# 6. The prediction is the mean over networks and views.
+
+# %%
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a look-up of weights would wait for a network that is not there
+sys.path.insert(0, os.getcwd())
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import timm
+import torch
+
+versions = {"python": platform.python_version()}
+for module in (torch, timm, np, pd, cv2):
+    versions[module.__name__] = module.__version__
+print("  ".join(f"{name} {version}" for name, version in versions.items()))
+
+# %% [markdown]
+# ## The library
+#
+# The next cells write the five modules that inference needs into a folder beside this notebook. They are the text of `biomass_lib` as it
+# was used in training, so photographs are decoded, halved and resized by the same code here and there. Read them in this order: `targets`
+# (the five masses), `images` (from a file to two halves), `tables` (the competition's tables), `models` (the network) and `predict`
+# (views, means and the submission).
+
+# %%
+Path("biomass_lib").mkdir(exist_ok=True)
+
+# %% tags=["modules"]
+# The builder puts the modules here; run from the repository, this template uses the installed library instead.
+
+# %%
+from biomass_lib.images import read_photo
+from biomass_lib.predict import find_inputs, make_submission, pick_device, read_manifest
+from biomass_lib.tables import read_test
+from biomass_lib.targets import TARGETS
+
+# %% [markdown]
+# ## The inputs
+#
+# Kaggle mounts inputs in more than one way, so we do not rely on a path: data and weights are found by what is in them. There must be
+# exactly one of each, else the notebook stops here and prints what it has found. Every weights file must have the size and the sha256 that the
+# manifest says; half an upload does not get further than this cell.
+
+# %%
+data_dir, weights_dir = find_inputs(os.environ.get("BIOMASS_INPUT", "/kaggle/input"))
+manifest = read_manifest(weights_dir)
+test = read_test(data_dir)
+print(f"data {data_dir}: {test['image_id'].nunique()} photographs")
+print(f"weights {weights_dir}: {manifest.get('experiment', 'unnamed')}, {len(manifest['models'])} models")
+models = pd.DataFrame(manifest["models"])
+models["backbone"] = [spec["backbone"] for spec in models["spec"]]
+models["img_size"] = [spec["img_size"] for spec in models["spec"]]
+models.drop(columns=["spec", "sha256"])
+
+# %% [markdown]
+# ## The device
+#
+# That a GPU is listed does not mean that this torch can use it, so it has to do one small multiplication. If it cannot, we say so and go on
+# with the CPU.
+
+# %%
+device = pick_device()
+print(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU with {os.cpu_count()} cores'}")
+
+# %% [markdown]
+# ## The submission
+#
+# Threads decode the photographs ahead of the network, each once for all models and views. The table gets its name only after it has been read
+# back and checked: every id of `test.csv` once and in its order, every mass a number and not below zero. A failure stops the notebook. There is
+# no placeholder submission: a score made of constants would hide the failure.
+
+# %%
+start = time.perf_counter()
+submission = make_submission(data_dir, weights_dir, "submission.csv", device=device)
+seconds = time.perf_counter() - start
+print(f"{len(submission)} rows, {seconds:.1f} s, {seconds / max(1, test['image_id'].nunique()):.2f} s a photograph")
+submission.head(10)
+
+# %% [markdown]
+# ## Do the numbers make sense?
+#
+# The spread of each mass. In the training data the means are near 27 g of green, 12 g of dead matter, 7 g of clover, 33 g of GDM and 45 g in
+# total. Where the manifest knows the mean of this training run, a line shows it.
+
+# %%
+predicted = submission.assign(
+    image_id=submission["sample_id"].str.split("__").str[0], target_name=submission["sample_id"].str.split("__").str[1]
+).pivot(index="image_id", columns="target_name", values="target")[list(TARGETS)]
+means_g = manifest.get("train_mean_g") or [None] * len(TARGETS)
+fig, axes = plt.subplots(1, len(TARGETS), figsize=(12, 2.4), layout="constrained")
+for ax, name, mean_g in zip(axes, TARGETS, means_g, strict=True):
+    ax.hist(predicted[name], bins=min(30, max(5, len(predicted) // 4)), color="tab:green")
+    if mean_g is not None:
+        ax.axvline(mean_g, color="black", linewidth=1, linestyle="--", label="training mean")
+    ax.set_title(name, fontsize=9)
+    ax.set_xlabel("grams")
+axes[0].set_ylabel("photographs")
+if means_g[0] is not None:
+    axes[0].legend(fontsize=7)
+plt.show()
+predicted.describe().round(2)
+
+# %% [markdown]
+# And a few photographs, from the least to the most total mass predicted.
+
+# %%
+order = predicted["Dry_Total_g"].sort_values().index
+shown = order[np.unique(np.linspace(0, len(order) - 1, 8).round().astype(int))]
+image_paths = test.drop_duplicates("image_id").set_index("image_id")["image_path"]
+n_rows = int(np.ceil(len(shown) / 4))
+fig, axes = plt.subplots(n_rows, 4, figsize=(12, 1.9 * n_rows), squeeze=False, layout="constrained")
+for ax in axes.flat:
+    ax.axis("off")
+for ax, image_id in zip(axes.flat, shown, strict=False):
+    ax.imshow(cv2.resize(read_photo(data_dir / image_paths[image_id]), (400, 200), interpolation=cv2.INTER_AREA))
+    total, green, dead, clover = predicted.loc[image_id, ["Dry_Total_g", "Dry_Green_g", "Dry_Dead_g", "Dry_Clover_g"]]
+    ax.set_title(f"{image_id}: {total:.0f} g\ngreen {green:.0f}, dead {dead:.0f}, clover {clover:.0f}", fontsize=8)
+plt.show()

@@ -1,0 +1,271 @@
+"""The kernel notebook, rehearsed: an empty folder, no biomass_lib, no network, both of Kaggle's mount layouts."""
+
+import ast
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from biomass_lib import kernel
+from biomass_lib.demo import render_dataset
+from biomass_lib.models import create_model, save_weights
+from biomass_lib.predict import find_inputs, make_submission, read_manifest
+from biomass_lib.targets import TARGETS
+
+ROOT = kernel.repo_root(Path(__file__).parent)
+LAYOUTS = {
+    "new": ("competitions/csiro-biomass", "datasets/somebody/csiro-biomass-weights"),
+    "old": ("csiro-biomass", "csiro-biomass-weights"),
+}
+
+# runs in the bare environment: first proves that it is bare, then executes the notebook over unix sockets
+DRIVER = """
+import importlib.util, socket, sys
+import nbformat
+from nbclient import NotebookClient
+from traitlets.config import Config
+
+assert importlib.util.find_spec("biomass_lib") is None, "biomass_lib is installed in this environment"
+assert [name for _, name in socket.if_nameindex()] == ["lo"], "the network is not cut off"
+notebook = nbformat.read(sys.argv[1], as_version=4)
+config = Config({"KernelManager": {"transport": "ipc"}})
+client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": "."}}, config=config)
+client.execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+
+
+def write_run(
+    run_dir: Path,  # to be made
+    n_folds: int = 2,  # models
+) -> None:
+    "A run folder as training leaves it, with random networks of a few thousand weights."
+    run_dir.mkdir(parents=True)
+    ids = [f"ID{k}" for k in range(2 * n_folds)]
+    folds = pd.DataFrame({"image_id": ids, "Sampling_Date": "2015-09-04", "fold": np.arange(len(ids)) % n_folds})
+    folds.to_csv(run_dir / "folds.csv", index=False)
+    (run_dir / "params.yaml").write_text("experiment: tiny\nbackbone: test_resnet\nimg_size: 96\n")
+    for fold in range(n_folds):
+        torch.manual_seed(fold)
+        model = create_model("two_stream", backbone="test_resnet", img_size=96, mean_g=(45.3, 33.3, 26.6))
+        for layers in model.heads.layers:
+            torch.nn.init.normal_(layers[-1].weight, std=2.0)  # zero at the start: every answer would be the mean
+        fold_dir = run_dir / f"fold{fold}"
+        fold_dir.mkdir()
+        meta = {"fold": fold, "epoch": 1, "score": 0.5, "train_mean_g": [26.6, 12.0, 6.7, 33.3, 45.3]}
+        save_weights(model, fold_dir / "weights.safetensors", **meta)
+        (fold_dir / "done.json").write_text(json.dumps({"fold": fold, "score": 0.5}))
+
+
+def write_test_set(
+    data_dir: Path,  # to be made, in the competition's format
+    photographs: list[Path],  # that are used again and again
+    n_photographs: int,  # in the test set
+) -> None:
+    "test.csv and sample_submission.csv in an order that is nobody's, and hard links for photographs."
+    (data_dir / "test").mkdir(parents=True)
+    rng = np.random.default_rng(n_photographs)
+    rows = []
+    for k, number in enumerate(rng.choice(10**9, n_photographs, replace=False)):
+        image_id = f"ID{number + 10**9}"
+        os.link(photographs[k % len(photographs)], data_dir / "test" / f"{image_id}.jpg")
+        rows += [(f"{image_id}__{name}", f"test/{image_id}.jpg", name) for name in TARGETS]
+    test = pd.DataFrame(rows, columns=["sample_id", "image_path", "target_name"]).iloc[rng.permutation(len(rows))]
+    test.to_csv(data_dir / "test.csv", index=False)
+    test[["sample_id"]].assign(target=0.0).to_csv(data_dir / "sample_submission.csv", index=False)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    "A folder with demo photographs, an assembled weights dataset and the kernel as built now."
+    folder = tmp_path_factory.mktemp("stage")
+    render_dataset(folder / "demo", n_train=8, n_test=2, seed=0, workers=1)
+    write_run(folder / "runs" / "tiny")
+    kernel.assemble_weights(folder / "runs" / "tiny", folder / "weights")
+    (folder / "inference.ipynb").write_text(kernel.render_kernel(ROOT), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory):
+    "A Python that has our dependencies but not us: a path in a .pth file does not bring the editable install along."
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("unshare -rn is not permitted here, so the network cannot be cut off")
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    site = next((folder / "venv" / "lib").glob("python*/site-packages"))
+    (site / "dependencies.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
+    return folder / "venv" / "bin" / "python"
+
+
+def mount(
+    root: Path,  # stands for /kaggle/input
+    layout: str,  # new or old
+    data_dir: Path,  # competition
+    weights_dir: Path,  # dataset
+) -> Path:  # root
+    "Lay out inputs as Kaggle does, with a stranger's dataset among them."
+    data_name, weights_name = LAYOUTS[layout]
+    shutil.copytree(data_dir, root / data_name, copy_function=os.link)
+    shutil.copytree(weights_dir, root / weights_name)
+    stranger = (root / weights_name).parent / "another-dataset"
+    stranger.mkdir()
+    (stranger / "manifest.json").write_text('{"format": 1, "project": "another"}')
+    return root
+
+
+def rehearse(
+    python: Path,  # of the bare environment
+    notebook: Path,  # the kernel
+    inputs: Path,  # BIOMASS_INPUT
+    cwd: Path,  # made here, empty
+) -> subprocess.CompletedProcess:
+    "Execute the kernel in an empty folder without a network and with next to no environment."
+    cwd.mkdir()
+    home = python.parents[2]
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(home), "BIOMASS_INPUT": str(inputs), "CUDA_VISIBLE_DEVICES": ""}
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONNOUSERSITE": "1",
+        "JUPYTER_RUNTIME_DIR": str(home / "r"),
+        "LC_ALL": "C.UTF-8",
+    }
+    env |= {"PYTHONWARNINGS": "ignore"}
+    command = ["unshare", "-rn", str(python), "-c", DRIVER, str(notebook), str(cwd.with_suffix(".ipynb"))]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(("layout", "n_photographs"), [("new", 2), ("old", 2), ("new", 1), ("old", 120)])
+def test_kernel_gives_the_librarys_submission(stage, bare_python, tmp_path, layout, n_photographs):
+    write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), n_photographs)
+    inputs = mount(tmp_path / "input", layout, tmp_path / "data", stage / "weights")
+    ran = rehearse(bare_python, stage / "inference.ipynb", inputs, tmp_path / "working")
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    assert {path.name for path in (tmp_path / "working").iterdir()} == {"biomass_lib", "submission.csv"}
+
+    make_submission(*find_inputs(inputs), tmp_path / "library.csv", device="cpu")
+    ours, theirs = pd.read_csv(tmp_path / "library.csv"), pd.read_csv(tmp_path / "working" / "submission.csv")
+    assert list(theirs["sample_id"]) == list(pd.read_csv(tmp_path / "data" / "test.csv")["sample_id"])
+    assert list(theirs["sample_id"]) == list(ours["sample_id"])
+    np.testing.assert_allclose(theirs["target"], ours["target"], rtol=0, atol=1e-4)
+    assert theirs.loc[theirs["sample_id"].str.endswith("Dry_Total_g"), "target"].nunique() > min(1, n_photographs - 1)
+
+    for name in ("__init__", *kernel.MODULES):  # what travelled is what is tested here
+        written = tmp_path / "working" / "biomass_lib" / f"{name}.py"
+        assert written.read_bytes() == (ROOT / "biomass_lib" / f"{name}.py").read_bytes()
+
+
+def test_damaged_weights_stop_the_kernel(stage, bare_python, tmp_path):
+    write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 1)
+    inputs = mount(tmp_path / "input", "new", tmp_path / "data", stage / "weights")
+    data_dir, weights_dir = find_inputs(inputs)
+    path = weights_dir / "tiny_fold1.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="tiny_fold1.safetensors has another sha256"):
+        make_submission(data_dir, weights_dir, tmp_path / "submission.csv", device="cpu")
+    assert not (tmp_path / "submission.csv").exists()
+    ran = rehearse(bare_python, stage / "inference.ipynb", inputs, tmp_path / "working")
+    assert ran.returncode != 0
+    assert "tiny_fold1.safetensors has another sha256" in ran.stderr
+    assert not (tmp_path / "working" / "submission.csv").exists()
+
+
+def test_two_data_folders_stop_with_the_tree(stage, tmp_path):
+    write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 1)
+    inputs = mount(tmp_path / "input", "old", tmp_path / "data", stage / "weights")
+    find_inputs(inputs)
+    shutil.copytree(tmp_path / "data", inputs / "csiro-biomass-again")
+    with pytest.raises(ValueError, match="exactly one folder with test.csv") as caught:
+        find_inputs(inputs)
+    for name in (
+        "csiro-biomass-again",
+        "csiro-biomass-weights: manifest.json, tiny_fold0.safetensors",
+        "another-dataset",
+    ):
+        assert name in str(caught.value)
+    assert ".jpg" not in str(caught.value)
+
+
+def copy_repository(folder: Path) -> Path:
+    "What the builder reads, copied, so that a test may break it."
+    for name in (
+        "settings.ini",
+        "kaggle/inference/inference.py",
+        "kaggle/inference/kernel-metadata.json",
+        "kaggle/weights/dataset-metadata.json",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "biomass_lib", folder / "biomass_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_two_builds_are_equal_and_small(tmp_path):
+    copies = [copy_repository(tmp_path / name) for name in ("one", "two")]
+    first, second = (kernel.build_kernel(copy).read_bytes() for copy in copies)
+    assert first == second == kernel.build_kernel(copies[0]).read_bytes()
+    assert len(first) < 900_000
+    assert str(tmp_path).encode() not in first
+    notebook = json.loads(first)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_tracked_kernel_is_fit_to_be_pushed():
+    assert kernel.check_kernel(ROOT) == []
+
+
+def test_hand_edit_is_found(tmp_path, capsys):
+    copy = copy_repository(tmp_path / "copy")
+    built = kernel.build_kernel(copy)
+    assert kernel.check_kernel(copy) == []
+    text = built.read_text(encoding="utf-8")
+    built.write_text(text.replace("HF_HUB_OFFLINE", "HF_HUB_ONLINE"), encoding="utf-8")
+    with contextlib.chdir(copy):
+        with pytest.raises(SystemExit, match="out of sync"):
+            kernel.kernel_main(["--check"])
+        kernel.kernel_main([])
+    assert built.read_text(encoding="utf-8") == text
+
+
+def test_a_template_without_a_place_for_modules(tmp_path):
+    copy = copy_repository(tmp_path / "copy")
+    template = copy / "kaggle" / "inference" / "inference.py"
+    template.write_text(template.read_text(encoding="utf-8").replace('tags=["modules"]', ""), encoding="utf-8")
+    with pytest.raises(ValueError, match="exactly one cell with tags"):
+        kernel.render_kernel(copy)
+
+
+@pytest.mark.parametrize("name", kernel.MODULES)
+def test_packed_modules_import_only_what_kaggle_has(name):
+    allowed = {"numpy", "pandas", "torch", "timm", "cv2", "safetensors"} | set(sys.stdlib_module_names)
+    tree = ast.parse((ROOT / "biomass_lib" / f"{name}.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.module in kernel.MODULES
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module.split(".")[0] in allowed
+        elif isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+
+
+def test_weights_command(stage, tmp_path, capsys):
+    kernel.weights_main([str(stage / "runs" / "tiny"), "--out", str(tmp_path / "weights")])
+    assert "tiny_fold1.safetensors" in capsys.readouterr().out
+    assert [entry["fold"] for entry in read_manifest(tmp_path / "weights")["models"]] == [0, 1]
+    shutil.copytree(stage / "runs" / "tiny", tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "fold1" / "done.json").unlink()
+    with pytest.raises(SystemExit, match="fold1 of 2 folds not done"):
+        kernel.weights_main([str(tmp_path / "unfinished"), "--out", str(tmp_path / "weights")])
