@@ -33,7 +33,8 @@ def finished_folds(
     run_dir: str | Path,  # runs/<experiment>
 ) -> dict[int, Path]:  # fold -> its folder, in order
     "The folds of a run that ended well."
-    found = {int(path.parent.name[4:]): path.parent for path in Path(run_dir).glob("fold[0-9]*/done.json")}
+    folders = [path.parent for path in Path(run_dir).glob("fold*/done.json")]
+    found = {int(folder.name[4:]): folder for folder in folders if folder.name[4:].isdigit()}
     return dict(sorted(found.items()))
 
 

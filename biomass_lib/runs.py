@@ -197,7 +197,7 @@ def run_folds(
     for fold in filter(done.__contains__, wanted):
         print(f"{fold_line(fold, run_dir)} (done before)", flush=True)
     waiting, running, failed = [fold for fold in wanted if fold not in done], {}, []
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs) if jobs > 1 else None
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
