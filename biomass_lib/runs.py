@@ -306,7 +306,7 @@ def write_html(
     body, _ = exporter.from_filename(str(notebook))
     write_text(html, PAGE.format(title=escape(title), body=body))
 
-
+# %% ../notebooks/12_runs.ipynb #cf7531ae
 def make_report(
     run_dir: str | Path,  # runs/<experiment>
     notebook: str | Path = "report.ipynb",  # name in notebooks/, or a path
