@@ -25,11 +25,11 @@ demo: $(READY)
 	$(MAKE) --no-print-directory rehearsal
 	$(BIN)/biomass_report $(RUN)
 
-# hard links lay the inputs out as on Kaggle; the notebook runs in a folder of its own
+# copies lay the inputs out as on Kaggle; the notebook runs in a folder of its own
 rehearsal: $(READY)
 	rm -rf $(RUN)/rehearsal
 	mkdir -p $(RUN)/rehearsal/input/competitions $(RUN)/rehearsal/input/datasets/you $(RUN)/rehearsal/working
-	cp -rl $(DEMO) $(RUN)/rehearsal/input/competitions/csiro-biomass
+	cp -r $(DEMO) $(RUN)/rehearsal/input/competitions/csiro-biomass
 	cp -r kaggle/weights $(RUN)/rehearsal/input/datasets/you/csiro-biomass-weights
 	cd $(RUN)/rehearsal/working && BIOMASS_INPUT=$(CURDIR)/$(RUN)/rehearsal/input $(BIN)/papermill \
 	    --no-progress-bar --log-level ERROR $(CURDIR)/kaggle/inference/inference.ipynb inference.ipynb
@@ -42,7 +42,8 @@ test: $(READY) check
 # everything that is built is built again elsewhere and compared, so that nothing of yours is overwritten
 check: $(READY)
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
-	cp -r settings.ini Makefile notebooks kaggle "$$copy" && cd "$$copy" && \
+	mkdir -p "$$copy/kaggle/weights" && cp kaggle/weights/*.json "$$copy/kaggle/weights" && cp -r kaggle/inference "$$copy/kaggle" && \
+	cp -r settings.ini Makefile notebooks "$$copy" && cd "$$copy" && \
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/biomass_kernel > /dev/null && $(MAKE) -s --no-print-directory readme BIN=$(BIN) && \
 	cd "$(CURDIR)" && for part in notebooks biomass_lib kaggle/inference README.md; do \
 	    diff -rq -x __pycache__ -x .ipynb_checkpoints -x runs -x '.*' "$$part" "$$copy/$$part" > "$$copy/differs" || { \

@@ -477,12 +477,12 @@ def claim_folder(
         raise ValueError(
             f"{out} holds a demo data set made with other parameters ({there}); remove it or choose another folder"
         )
-    strangers = [p.name for p in out.iterdir() if p.name not in (".started", "train", "test")] if out.is_dir() else []
+    strangers = [p.name for p in out.iterdir()] if out.is_dir() else []
     if strangers and not (out / ".started").exists():
         raise ValueError(f"{out} is not empty ({', '.join(sorted(strangers)[:3])}) and not ours; choose another folder")
-    if out.is_dir() and (out / ".started").exists():
-        shutil.rmtree(out)  # an interrupted set of our own
     for name in ("train", "test"):
+        if (out / ".started").exists():
+            shutil.rmtree(out / name, ignore_errors=True)  # photographs of an interrupted set of our own
         (out / name).mkdir(parents=True, exist_ok=True)
     (out / ".started").touch()
     return True

@@ -210,6 +210,10 @@ def write_text(
             os.replace(draft, path)
         else:
             os.link(draft, path)
+    except OSError:
+        if overwrite or path.exists():
+            raise
+        os.replace(draft, path)  # a file system without links
     finally:
         draft.unlink(missing_ok=True)
 
