@@ -24,8 +24,9 @@ from sklearn.model_selection import LeaveOneGroupOut
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from .folds import read_folds
 from .images import check_photo_file
-from .tables import listed, read_folds, read_text_csv, read_train
+from .tables import listed, read_text_csv, read_train
 from .targets import TARGETS, WEIGHTS, all_to_primary, primary_to_all, r2_per_target, weighted_r2
 
 # %% ../notebooks/15_evaluate.ipynb #95f0b930
@@ -201,9 +202,10 @@ def baselines(
     oof: pd.DataFrame,  # as from read_oof
     run_dir: str | Path,  # for folds.csv
     data_dir: str | Path,  # with train.csv and the photographs
+    exclude: Iterable[str] = (),  # image ids that the run left out
 ) -> dict[str, np.ndarray]:  # name -> pred_N5 in the order of oof
     "Colour ridge, training mean and, for demo data, the ceiling. Raises ValueError when the data are not those of the run."
-    table = read_train(data_dir)
+    table = read_train(data_dir, exclude)
     fold_N = read_folds(Path(run_dir) / "folds.csv", table)
     mass_N5 = table[list(TARGETS)].to_numpy()
     row_N = pd.Index(table["image_id"]).get_indexer(oof["image_id"])
