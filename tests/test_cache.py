@@ -1,0 +1,165 @@
+"The cache under fire: a process killed while it writes, a disk that really is full."
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from biomass_lib.cache import fill_cache, is_whole, open_halves
+from biomass_lib.images import load_halves
+
+SIZE = 96
+COUNT = 24
+FILL = """
+import os, sys
+from biomass_lib import cache
+
+def fill():
+    cache.fill_cache(sys.argv[2:], 96, sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    paths = [folder / f"ID{i}.jpg" for i in range(COUNT)]
+    for path in paths:
+        picture_HW3 = cv2.resize(rng.integers(0, 255, (100, 200, 3), dtype=np.uint8), (2000, 1000))
+        assert cv2.imwrite(str(path), picture_HW3)
+    return paths
+
+
+def started(program: str, cache_dir: Path, photos: list[Path]) -> subprocess.Popen:
+    command = [sys.executable, "-c", FILL + program, str(cache_dir), *map(str, photos)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def is_right(cache_dir: Path, photos: list[Path]) -> bool:
+    "Whether every photograph is in the cache, whole and with the pixels of a direct decode."
+    files = fill_cache(photos, SIZE, cache_dir)
+    return all((open_halves(f) == load_halves(p, SIZE)).all() for p, f in zip(photos, files, strict=True))
+
+
+def test_killed_process_harms_nobody(photos: list[Path], tmp_path: Path):
+    "Two fill one cache; one is killed after writing its fifth file and before naming it; the other and a third finish."
+    stuck = """
+import time
+renamed, replace = [], os.replace
+
+def stuck_replace(draft, file):
+    renamed.append(file)
+    if len(renamed) >= 5:
+        os.write(1, b"stuck\\n")  # one write: threads speak at once
+        time.sleep(600)
+    replace(draft, file)
+
+cache.os.replace = stuck_replace
+fill()
+"""
+    begun = """
+original = cache.load_halves
+
+def load(*args):
+    os.write(1, b"begun\\n")
+    return original(*args)
+
+cache.load_halves = load
+fill()
+"""
+    cache_dir = tmp_path / "cache"
+    victim = started(stuck, cache_dir, photos)
+    assert victim.stdout.readline() == "stuck\n"
+    other = started(begun, cache_dir, photos)
+    assert other.stdout.readline() == "begun\n"
+    os.kill(victim.pid, signal.SIGKILL)
+    assert victim.wait(60) == -signal.SIGKILL
+    said, _ = other.communicate(timeout=120)
+    assert other.returncode == 0, said
+    folder = cache_dir / f"{SIZE}px_none"
+    files = list(folder.glob("*.npy"))
+    assert len(files) == COUNT and all(is_whole(file, SIZE) for file in files)
+    drafts = list(folder.glob(".*.tmp"))
+    assert drafts, "the killed process was not in the middle of a write"
+    before = {file: file.stat().st_mtime_ns for file in files}
+    for draft in drafts:
+        os.utime(draft, (0, 0))  # as if ten minutes had passed
+    third = started("fill()", cache_dir, photos)
+    said, _ = third.communicate(timeout=120)
+    assert third.returncode == 0, said
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before  # nothing twice, drafts gone
+    assert is_right(cache_dir, photos)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment(photos: list[Path], tmp_path: Path, seed: int):
+    "Killed after a random share of the work, alone in the cache; whatever has a final name is right."
+    after = int(np.random.default_rng(seed).integers(1, COUNT))
+    counting = f"""
+original, seen = cache.load_halves, []
+def load(*args):
+    seen.append(1)
+    if len(seen) == {after}:
+        os.write(1, b"now\\n")
+    return original(*args)
+cache.load_halves = load
+fill()
+"""
+    cache_dir = tmp_path / "cache"
+    victim = started(counting, cache_dir, photos)
+    assert victim.stdout.readline() == "now\n"
+    victim.kill()
+    victim.wait(60)
+    whole = [is_whole(file, SIZE) for file in cache_dir.rglob("*.npy")]
+    assert all(whole)
+    assert is_right(cache_dir, photos)
+
+
+def test_full_disk_leaves_no_broken_cache(photos: list[Path], tmp_path: Path):
+    "A file system of 1.5 MB, half of which somebody else takes in the middle of the work."
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here, so no small file system can be mounted")
+    program = """
+import errno
+ballast = os.path.join(sys.argv[1], "ballast")
+original = cache.load_halves
+
+def load(*args):
+    if not os.path.exists(ballast):
+        with open(ballast, "wb") as file:
+            file.write(bytes(800_000))
+    return original(*args)
+
+cache.load_halves = load
+try:
+    fill()
+except OSError as error:
+    assert error.errno == errno.ENOSPC, error
+    print(error)
+else:
+    sys.exit("the disk was not full")
+names = [name for _, _, files in os.walk(sys.argv[1]) for name in files]
+assert not [name for name in names if name.endswith(".tmp")], names
+assert 0 < sum(name.endswith(".npy") for name in names) < len(sys.argv[2:]), names
+os.remove(ballast)
+cache.load_halves = original
+fill()
+from biomass_lib.images import load_halves
+for path, file in zip(sys.argv[2:], cache.fill_cache(sys.argv[2:], 96, sys.argv[1])):
+    assert (cache.open_halves(file) == load_halves(path, 96)).all()
+print("complete")
+"""
+    cache_dir = tmp_path / "cache"
+    cache_dir.mkdir()
+    mount = 'mount -t tmpfs -o size=1500k tmpfs "$1" && exec "$0" -c "$2" "$1" "${@:3}"'
+    command = ["unshare", "-rm", "bash", "-c", mount, sys.executable, str(cache_dir), FILL + program, *map(str, photos)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "free some, set cache_dir to another disk" in result.stdout
+    assert result.stdout.endswith("complete\n")
