@@ -159,7 +159,7 @@ def repo_root(
     raise FileNotFoundError("no settings.ini of biomass_lib here or above; run this inside a clone of the repository")
 
 # %% ../notebooks/17_kernel.ipynb #a320c14d
-MODULES = ("targets", "images", "tables", "models", "predict")
+MODULES = ("targets", "artefacts", "images", "tables", "models", "predict")
 ON_KAGGLE = {"numpy", "pandas", "torch", "timm", "cv2", "safetensors"}
 
 

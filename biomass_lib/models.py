@@ -154,6 +154,7 @@ def create_model(
     hidden_ratio: float = 0.25,  # hidden width of the heads as a share of their input
     dropout: float = 0.30,  # in the heads
     mean_g: tuple[float, ...] | None = None,  # training means of PRIMARY in grams: where the heads start
+    clean: str = "none",  # how its photographs are cleaned; kept for whoever loads them
 ) -> nn.Module:  # halves_B2CHW -> mass_B3
     "A model by name. Raises ValueError for an unknown name; see `create_backbone` for the weights' errors."
     if name != "two_stream":
@@ -167,6 +168,7 @@ def create_model(
         "img_size": img_size,
         "hidden_ratio": hidden_ratio,
         "dropout": dropout,
+        "clean": clean,
     }
     return model
 

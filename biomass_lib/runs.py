@@ -39,6 +39,8 @@ def parse_value(
         if text.lower() not in known:
             raise ValueError(f"parameter {name} must be True or False, not {text!r}")
         return known[text.lower()]
+    if isinstance(default, tuple):
+        return tuple(filter(None, text.split(",")))
     if default is None:
         return text  # no such parameter: Config says so, with a list of those there are
     try:

@@ -56,7 +56,8 @@ def write_run(
     (run_dir / "params.yaml").write_text("experiment: tiny\nbackbone: test_resnet\nimg_size: 96\n")
     for fold in range(n_folds):
         torch.manual_seed(fold)
-        model = create_model("two_stream", backbone="test_resnet", img_size=96, mean_g=(45.3, 33.3, 26.6))
+        clean = "both" if fold else "none"  # the kernel has to do to each model's photographs what training did
+        model = create_model("two_stream", backbone="test_resnet", img_size=96, mean_g=(45.3, 33.3, 26.6), clean=clean)
         for layers in model.heads.layers:
             torch.nn.init.normal_(layers[-1].weight, std=2.0)  # zero at the start: every answer would be the mean
         fold_dir = run_dir / f"fold{fold}"

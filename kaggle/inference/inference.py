@@ -80,6 +80,7 @@ print(f"weights {weights_dir}: {manifest.get('experiment', 'unnamed')}, {len(man
 models = pd.DataFrame(manifest["models"])
 models["backbone"] = [spec["backbone"] for spec in models["spec"]]
 models["img_size"] = [spec["img_size"] for spec in models["spec"]]
+models["clean"] = [spec["clean"] for spec in models["spec"]]
 models.drop(columns=["spec", "sha256"])
 
 # %% [markdown]
