@@ -6,7 +6,7 @@ DEMO := data/demo
 RUN := runs/demo
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: install demo rehearsal test check readme kernel clean
+.PHONY: install demo rehearsal test bench check readme kernel clean
 
 install: $(READY)
 
@@ -39,6 +39,13 @@ test: $(READY) check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -q tests
 
+# what is quoted in the README; nothing else should run meanwhile
+bench: $(READY)
+	mkdir -p runs/bench
+	$(BIN)/papermill --no-progress-bar --log-level ERROR notebooks/bench_loading.ipynb runs/bench/bench_loading.ipynb \
+	    -f notebooks/params/bench_loading.yaml
+	@head -50 runs/bench/*.csv
+
 # everything that is built is built again elsewhere and compared, so that nothing of yours is overwritten
 check: $(READY)
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
@@ -63,4 +70,4 @@ kernel: $(READY)
 	$(BIN)/biomass_kernel
 
 clean:
-	rm -rf runs data/demo kaggle/weights/*.safetensors kaggle/weights/manifest.json build dist .pytest_cache .ruff_cache
+	rm -rf runs cache data/demo kaggle/weights/*.safetensors kaggle/weights/manifest.json build dist .pytest_cache .ruff_cache
