@@ -20,10 +20,10 @@ $(READY): settings.ini setup.py
 demo: $(READY)
 	$(BIN)/biomass_demo --out $(DEMO) --n-train 96 --n-test 24 --seed 0
 	$(BIN)/biomass_folds notebooks/params/demo.yaml --jobs 2
+	$(BIN)/biomass_report $(RUN)
 	$(BIN)/biomass_weights $(RUN)
 	$(BIN)/biomass_kernel
 	$(MAKE) --no-print-directory rehearsal
-	$(BIN)/biomass_report $(RUN)
 
 # copies lay the inputs out as on Kaggle; the notebook runs in a folder of its own
 rehearsal: $(READY)
@@ -70,4 +70,4 @@ kernel: $(READY)
 	$(BIN)/biomass_kernel
 
 clean:
-	rm -rf runs cache data/demo kaggle/weights/*.safetensors kaggle/weights/manifest.json build dist .pytest_cache .ruff_cache
+	rm -rf runs cache data/demo kaggle/weights/*.safetensors kaggle/weights/manifest.json kaggle/weights/README.md build dist .pytest_cache .ruff_cache

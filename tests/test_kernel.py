@@ -191,7 +191,7 @@ def test_two_data_folders_stop_with_the_tree(stage, tmp_path):
         find_inputs(inputs)
     for name in (
         "csiro-biomass-again",
-        "csiro-biomass-weights: manifest.json, tiny_fold0.safetensors",
+        "csiro-biomass-weights: README.md, manifest.json, tiny_fold0.safetensors",
         "another-dataset",
     ):
         assert name in str(caught.value)

@@ -1,0 +1,237 @@
+"The report of a tiny run as people meet it: files, a browser without a network, paper, a run that left its data behind, the model card."
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from biomass_lib.demo import render_dataset
+from biomass_lib.targets import TARGETS, WEIGHTS
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FIGURES = 6  # ladder, scatter with intervals, errors by group, learning curves, worst and best photographs
+TINY = {
+    "data_dir": "demo",
+    "experiment": "tiny",
+    "n_folds": 3,
+    "workers": 0,
+    "backbone": "test_resnet",
+    "pretrained": False,
+    "img_size": 64,
+    "batch_size": 8,
+    "stage1_epochs": 1,
+    "stage2_epochs": 1,
+}
+
+
+def command(home: Path, name: str, *arguments: str) -> tuple[int, str]:
+    "Exit status and all output of a command typed in `home`."
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ended = subprocess.run([BIN / name, *arguments], cwd=home, env=environment, timeout=300, check=False, **pipes)
+    return ended.returncode, ended.stdout
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A folder with demo data and a run of three folds, reported beside a ridge on features from elsewhere: random numbers."
+    home = tmp_path_factory.mktemp("home")
+    render_dataset(home / "demo", n_train=24, n_test=2, seed=0)
+    (home / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    ids = sorted(path.stem for path in (home / "demo/train").glob("*.jpg"))
+    np.save(home / "outside.npy", np.random.default_rng(0).normal(size=(len(ids), 8)))
+    pd.DataFrame({"image_id": ids}).to_csv(home / "outside.csv", index=False)
+    folds = ("biomass_folds", "tiny.yaml", "--jobs", "2")
+    for name, *arguments in (folds, ("biomass_report", "runs/tiny", "--features", "outside.npy")):
+        status, said = command(home, name, *arguments)
+        assert status == 0, said
+    return home
+
+
+@pytest.fixture
+def copy(home: Path, tmp_path: Path) -> Path:
+    "A copy that a test may break."
+    return Path(shutil.copytree(home, tmp_path / "home"))
+
+
+class Page(HTMLParser):
+    "Collects the tags of a page."
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def all(self, name: str) -> list[dict]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def score_by_hand(truth: pd.DataFrame, predicted: pd.DataFrame) -> float:
+    "The official score over the long table, written anew."
+    y, p = truth.to_numpy().ravel(), predicted.to_numpy().ravel()
+    w = np.tile(WEIGHTS, len(truth))
+    mean = (w * y).sum() / w.sum()
+    return 1 - (w * (y - p) ** 2).sum() / (w * (y - mean) ** 2).sum()
+
+
+def test_numbers_are_those_of_the_predictions(home: Path):
+    run = home / "runs/tiny"
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    table = pd.read_csv(run / "scores.csv", index_col=0)
+    for file, name in (("oof.csv", "model"), ("oof_last.csv", "model, last epoch")):
+        oof = pd.concat(pd.read_csv(path) for path in run.glob(f"fold*/{file}"))
+        score = score_by_hand(oof[list(TARGETS)], oof[[f"{target}_pred" for target in TARGETS]])
+        assert table.loc[name, "score"] == pytest.approx(score)
+        assert report["ladder"][name]["score"] == pytest.approx(score)
+        assert table.loc[name, "low"] < score < table.loc[name, "high"]
+    assert report["score"]["value"] == pytest.approx(table.loc["model", "score"])
+    assert {"training mean", "State mean", "feature ridge", "ceiling"} <= set(table.index) == set(report["ladder"])
+    assert report["data"]["photographs"] == 24 == sum(report["data"]["States"].values())
+    assert report["data"]["demo"] and any("drawn by a program" in line for line in report["warnings"])
+    done = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("fold*/done.json"))]
+    assert report["models"] == [{key: fold[key] for key in ("fold", "epoch", "score")} for fold in done]
+
+
+def test_html_is_whole_small_and_offline(home: Path):
+    path = home / "runs/tiny/report.html"
+    assert path.stat().st_size < 5_000_000
+    html = path.read_text(encoding="utf-8")
+    page, score = Page(html), json.loads((home / "runs/tiny/report.json").read_text(encoding="utf-8"))["score"]["value"]
+    assert f"<strong>{score:.3f}</strong>" in html
+    pictures = page.all("img")
+    assert len(pictures) == FIGURES
+    for picture in pictures:
+        assert len(picture["alt"]) > 20 and "No description" not in picture["alt"]
+        kind, data = picture["src"].split(",", 1)
+        assert kind == "data:image/png;base64"
+        image = cv2.imdecode(np.frombuffer(base64.b64decode(data), dtype=np.uint8), cv2.IMREAD_COLOR)
+        assert min(image.shape[:2]) > 100 and image.std() > 5
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "object", "embed"}
+    assert not [
+        value for _, given in page.tags for key in ("src", "href") if "//" in (value := given.get(key) or "")[:9]
+    ]
+    assert not re.search(r"url\(|@import", html)
+    assert "Traceback" not in html and str(ROOT) not in html and str(home) not in html
+    assert len(page.all("h2")) >= 9 and not re.search(r">\s*(nan|NaN|None)\s*<", html)
+
+
+def browse(page: Path, folder: Path, *options: str) -> str:
+    "What Chromium, headless and with a profile of its own, writes to its log."
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    flags += ["--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", *options]
+    ended = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stderr
+
+
+def console(log: str) -> list[str]:
+    "Lines that a page or its policy wrote to the console."
+    return [line for line in log.splitlines() if "CONSOLE" in line]
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+
+
+@needs_chromium
+def test_browser_shows_it_without_complaint(home: Path, tmp_path: Path):
+    shot = tmp_path / "shot.png"
+    log = browse(home / "runs/tiny/report.html", tmp_path, "--window-size=1000,9000", f"--screenshot={shot}")
+    assert console(log) == []
+    image_HW3 = cv2.imread(str(shot))
+    assert image_HW3.shape[:2] == (9000, 1000)
+    written = (image_HW3 < 200).any(axis=(1, 2))
+    assert written[:6000].mean() > 0.4 and written[300:3000].any()
+
+
+@needs_chromium
+def test_browser_would_complain(home: Path, tmp_path: Path):
+    "The check above can fail: a script and a picture from elsewhere are refused, and the console says so."
+    html = (home / "runs/tiny/report.html").read_text(encoding="utf-8")
+    worse = tmp_path / "worse.html"
+    foreign = '<script>document.title = "changed"</script><img src="http://127.0.0.1:9/dot.png" alt="">'
+    worse.write_text(html.replace("</body>", f"{foreign}</body>"), encoding="utf-8")
+    lines = console(browse(worse, tmp_path, f"--screenshot={tmp_path / 'shot.png'}"))
+    assert len(lines) >= 2 and all("Content Security Policy" in line for line in lines), lines
+
+
+@needs_chromium
+def test_paper(home: Path, tmp_path: Path):
+    pdf = tmp_path / "report.pdf"
+    log = browse(home / "runs/tiny/report.html", tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={pdf}")
+    assert console(log) == []
+    content = pdf.read_bytes()
+    assert 3 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 20
+    boxes = {tuple(map(float, box.split())) for box in re.findall(rb"/MediaBox\s*\[([^\]]+)\]", content)}
+    assert all(abs(box[2] - 595) < 2 and abs(box[3] - 842) < 2 for box in boxes), boxes  # A4 in points
+    assert len(re.findall(rb"/Subtype\s*/Image", content)) >= FIGURES
+
+
+def test_run_without_its_data(copy: Path):
+    before = pd.read_csv(copy / "runs/tiny/scores.csv", index_col=0)
+    shutil.rmtree(copy / "demo")
+    status, said = command(copy, "biomass_report", "runs/tiny")
+    assert status == 0, said
+    pd.testing.assert_frame_equal(pd.read_csv(copy / "runs/tiny/scores.csv", index_col=0), before)
+    html = (copy / "runs/tiny/report.html").read_text(encoding="utf-8")
+    assert "the photographs of the run are not here" in html
+    assert len(Page(html).all("img")) == FIGURES - 2
+
+    for path in (copy / "runs/tiny/baselines.csv", *copy.glob("runs/tiny/fold*/oof_last.csv")):  # a run of earlier days
+        path.unlink()
+    status, said = command(copy, "biomass_report", "runs/tiny")
+    assert status == 0, said
+    table = pd.read_csv(copy / "runs/tiny/scores.csv", index_col=0)
+    assert table.loc["model", "score"] == before.loc["model", "score"]
+    assert not [name for name in table.index if name.endswith("ridge")] and "training mean" in table.index
+    report = json.loads((copy / "runs/tiny/report.json").read_text(encoding="utf-8"))
+    assert report["last_epoch"] is None and any("last epoch" in line for line in report["warnings"])
+
+
+def test_failed_report_leaves_no_old_one(copy: Path):
+    run = copy / "runs/tiny"
+    oof = pd.read_csv(run / "fold1/oof.csv")
+    oof[1:].to_csv(run / "fold1/oof.csv", index=False)
+    status, said = command(copy, "biomass_report", "runs/tiny")
+    assert status == 1 and "the report failed" in said and oof["image_id"][0] in said
+    assert not [name for name in ("report.html", "report.json", "scores.csv") if (run / name).exists()]
+    status, said = command(copy, "biomass_report", "runs/tiny", "--data-dir", "nowhere")
+    assert status == 1 and "nowhere has no train.csv" in said
+
+
+def test_model_card_says_what_the_report_says(copy: Path):
+    run = copy / "runs/tiny"
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    status, said = command(copy, "biomass_weights", "runs/tiny", "--out", "weights")
+    assert status == 0, said
+    card = (copy / "weights/README.md").read_text(encoding="utf-8")
+    assert report["verdict"] in card and "know nothing about real pasture" in card
+    for name, row in report["ladder"].items():
+        assert f"| {name} | {row['score']:.2f} | {row['low']:.2f} | {row['high']:.2f} |" in card
+    assert all(f"| {state} | {n} |" in card for state, n in report["data"]["States"].items())
+    assert str(copy) not in card
+
+    sidecar = json.loads((run / "fold1/weights.json").read_text(encoding="utf-8"))
+    (run / "fold1/weights.json").write_text(json.dumps(sidecar | {"score": 0.123, "epoch": 1}), encoding="utf-8")
+    command(copy, "biomass_weights", "runs/tiny", "--out", "weights")
+    card = (copy / "weights/README.md").read_text(encoding="utf-8")
+    assert "Not known: the run's report.json is about other weights" in card and report["verdict"] not in card
+    (run / "report.json").unlink()
+    command(copy, "biomass_weights", "runs/tiny", "--out", "weights")
+    assert "Not known: the run has no report.json" in (copy / "weights/README.md").read_text(encoding="utf-8")
