@@ -19,7 +19,7 @@ from biomass_lib.targets import TARGETS, primary_to_all, weighted_r2
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "from biomass_lib.features import main; main()"]
-REAL = Path(os.environ.get("BIOMASS_REAL", ROOT.parent / "shared/data/real"))  # a folder with the real train.csv
+REAL = Path(os.environ.get("BIOMASS_DATA", ROOT.parent / "shared/data/real"))  # a folder with the real train.csv
 FOLDS = ("--n-folds", "4")
 TINY = ("--backbone", "test_resnet", "--random", "--img-size", "64", *FOLDS)
 
@@ -52,7 +52,7 @@ def table(request: pytest.FixtureRequest) -> pd.DataFrame:
     if request.param == "rendered":
         return read_train(request.getfixturevalue("demo"))
     if not (REAL / "train.csv").is_file():
-        pytest.skip("the competition's train.csv is not here: set BIOMASS_REAL to the folder that holds it")
+        pytest.skip("the competition's train.csv is not here: set BIOMASS_DATA to the folder that holds it")
     return read_train(REAL)
 
 
