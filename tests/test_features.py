@@ -19,7 +19,7 @@ from biomass_lib.targets import TARGETS, primary_to_all, weighted_r2
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "from biomass_lib.features import main; main()"]
-REAL = Path(os.environ.get("BIOMASS_DATA", ROOT.parent / "shared/data/real"))  # a folder with the real train.csv
+REAL = Path(os.environ.get("BIOMASS_DATA", "not given"))  # a folder with the real train.csv
 FOLDS = ("--n-folds", "4")
 TINY = ("--backbone", "test_resnet", "--random", "--img-size", "64", *FOLDS)
 
