@@ -134,14 +134,20 @@ class TwoStream(nn.Module):
         self.backbone.train(mode and not self.frozen)
         return self
 
+    def features(
+        self,
+        halves_B2CHW: torch.Tensor,  # uint8, or float from 0 to 255
+    ) -> torch.Tensor:  # features_BD, those of both halves side by side: what a frozen backbone gives once and for all
+        pixels_NCHW = (halves_B2CHW.flatten(0, 1).float() - self.pixel_mean) / self.pixel_std
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features_ND = self.backbone(pixels_NCHW)
+        return features_ND.unflatten(0, (-1, 2)).flatten(1)
+
     def forward(
         self,
         halves_B2CHW: torch.Tensor,  # uint8, or float from 0 to 255
     ) -> torch.Tensor:  # mass_B3, grams, order of PRIMARY
-        pixels_NCHW = (halves_B2CHW.flatten(0, 1).float() - self.pixel_mean) / self.pixel_std
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features_ND = self.backbone(pixels_NCHW)
-        return self.heads(features_ND.unflatten(0, (-1, 2)).flatten(1))
+        return self.heads(self.features(halves_B2CHW))
 
 # %% ../notebooks/11_models.ipynb #78372f4e
 def create_model(

@@ -1,0 +1,161 @@
+"A training that is killed again and again ends with the files of one that was not."
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from biomass_lib.config import Config, config_to_yaml, smoke_config
+from biomass_lib.demo import render_dataset
+
+ROOT = Path(__file__).parent.parent
+SAME = ("metrics.csv", "weights.safetensors", "weights.json", "oof.csv", "oof_last.csv")
+# everything that could go wrong at once: mid-epoch checkpoints, averaged weights, dropout, augmentation, summed-up batches, workers
+SETTINGS = {"batch_size": 2, "accumulate": 2, "checkpoint_steps": 1, "ema_decay": 0.9, "workers": 2}
+SETTINGS |= {"stage1_epochs": 3, "stage2_epochs": 8, "n_folds": 3}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    render_dataset(folder / "demo", n_train=18, n_test=2, seed=0)
+    return folder
+
+
+def begun(home: Path, experiment: str, **changes) -> subprocess.Popen:
+    "Start a fold of an experiment, as a command would."
+    config, _ = smoke_config(Config(), home / "demo")
+    config = dataclasses.replace(config, **(SETTINGS | {"experiment": experiment} | changes))
+    (home / f"{experiment}.yaml").write_text(config_to_yaml(config))
+    command = [sys.executable, "-m", "biomass_lib.train", f"{experiment}.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_ALBUMENTATIONS_UPDATE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=home, env=environment, start_new_session=True, **pipes)
+
+
+def ended(process: subprocess.Popen) -> str:
+    "Wait for a process that must end well; what it said."
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    return said
+
+
+def kill(process: subprocess.Popen) -> None:
+    "Process and workers, at once."
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in SAME}
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> dict[str, bytes]:
+    "The files of the fold that nobody killed."
+    ended(begun(home, "whole"))
+    return contents(home / "runs/whole/fold0")
+
+
+def same_but_for_the_name(found: dict[str, bytes], whole: dict[str, bytes], experiment: str) -> None:
+    for name in SAME:
+        assert found[name].replace(experiment.encode(), b"whole") == whole[name], f"{name} differs"
+
+
+def test_golden_curve(home: Path, whole: dict[str, bytes]):
+    "The same seed twice: the same bytes, and nothing of the way there is left behind."
+    said = ended(begun(home, "twice"))
+    assert "epoch  11/11" in said and "going on" not in said
+    same_but_for_the_name(contents(home / "runs/twice/fold0"), whole, "twice")
+    names = {path.name for path in (home / "runs/twice/fold0").iterdir()}
+    assert names == {*SAME, "speed.csv", "done.json"}
+
+
+def killed_until_done(home: Path, experiment: str, kills: int, seed: int) -> int:
+    "Kill a training at random moments, then let it end. Returns how many kills there were."
+    rng, folder, done = np.random.default_rng(seed), home / f"runs/{experiment}/fold0", 0
+    while done < kills:
+        process = begun(home, experiment)
+        before = (folder / "last.ckpt").stat().st_mtime_ns if (folder / "last.ckpt").exists() else 0
+        while process.poll() is None:
+            checkpoint = folder / "last.ckpt"
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.25))
+        if process.poll() is not None:
+            assert process.returncode == 0, process.communicate()[0]
+            return done
+        kill(process)
+        assert not (folder / "done.json").exists() or (folder / "weights.safetensors").exists()
+        done += 1
+    ended(begun(home, experiment))
+    return done
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(home: Path, whole: dict[str, bytes], kills: int):
+    experiment = f"killed{kills}"
+    assert killed_until_done(home, experiment, kills, seed=kills) >= min(kills, 3)
+    same_but_for_the_name(contents(home / f"runs/{experiment}/fold0"), whole, experiment)
+
+
+def test_killed_while_it_writes_the_checkpoint(home: Path, whole: dict[str, bytes]):
+    "The draft is half written when the process dies; the checkpoint before it is used, and the draft goes."
+    program = """
+import os, signal, sys
+from biomass_lib import checkpoint, train
+replace, seen = os.replace, []
+def dying_replace(draft, path):
+    seen.append(path)
+    if str(path).endswith("last.ckpt") and sum(str(p).endswith("last.ckpt") for p in seen) == 6:
+        os.truncate(draft, os.path.getsize(draft) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(draft, path)
+checkpoint.os.replace = dying_replace
+train.main(sys.argv[1:])
+"""
+    ended_file = home / "half.yaml"
+    process = begun(home, "half")
+    kill(process)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_ALBUMENTATIONS_UPDATE": "1"}
+    command = [sys.executable, "-c", program, ended_file.name]
+    assert subprocess.run(command, cwd=home, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    folder = home / "runs/half/fold0"
+    assert list(folder.glob(".last.ckpt.*.tmp")) and (folder / "last.ckpt").exists()
+    said = ended(begun(home, "half"))
+    assert "going on from last.ckpt" in said
+    same_but_for_the_name(contents(folder), whole, "half")
+    assert not list(folder.glob(".*"))
+
+
+def test_other_parameters_and_damage_are_refused(home: Path):
+    process, checkpoint = begun(home, "changed", stage2_epochs=200), home / "runs/changed/fold0/last.ckpt"
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    kill(process)
+    (home / "runs/changed/params.yaml").unlink()  # which would refuse them first
+    process = begun(home, "changed", stage2_epochs=200, weight_decay=0.5)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "weight_decay: 0.01 -> 0.5" in said and "remove last.ckpt" in said
+    (home / "runs/changed/params.yaml").unlink()
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[:1000] + b"?" + content[1001:])
+    process = begun(home, "changed", stage2_epochs=200)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "last.ckpt is damaged" in said
+
+
+def test_done_fold_begins_anew(home: Path, whole: dict[str, bytes]):
+    said = ended(begun(home, "whole"))
+    assert "going on" not in said
+    assert contents(home / "runs/whole/fold0") == whole
+    assert len(pd.read_csv(home / "runs/whole/fold0/speed.csv")) == 11
