@@ -37,13 +37,15 @@ rehearsal: $(READY)
 
 test: $(READY) check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(if $(SLOW),--slow)
 
 # what is quoted in the README; nothing else should run meanwhile
 bench: $(READY)
 	mkdir -p runs/bench
 	$(BIN)/papermill --no-progress-bar --log-level ERROR notebooks/bench_loading.ipynb runs/bench/bench_loading.ipynb \
 	    -f notebooks/params/bench_loading.yaml
+	$(BIN)/papermill --no-progress-bar --log-level ERROR notebooks/bench_training.ipynb runs/bench/bench_training.ipynb \
+	    -f notebooks/params/bench_training.yaml
 	@head -50 runs/bench/*.csv
 
 # everything that is built is built again elsewhere and compared, so that nothing of yours is overwritten
