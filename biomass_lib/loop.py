@@ -186,15 +186,18 @@ def train_step(
     norm = float(nn.utils.clip_grad_norm_(t.model.parameters(), t.config.grad_clip or math.inf))
     sums_4 = reduce_sum(sums_4).cpu()
     p, found = t.progress, float(sums_4[0]) / everywhere
-    overflow = t.scaler.is_enabled() and math.isfinite(found)  # of float16 gradients: the scaler leaves this step out
     where = f"epoch {p.epoch}, step {p.step + 1}"
-    p.in_a_row = check_finite(found, 0.0 if overflow else norm, t.config.nonfinite, p.in_a_row, where)
-    good = p.in_a_row == 0 and math.isfinite(norm)
+    if t.scaler.is_enabled() and math.isfinite(found) and not math.isfinite(norm):
+        p.in_a_row += 1  # float16 gradients overflow now and then: the scaler lowers its scale and goes on
+        if p.in_a_row == 20:
+            raise FloatingPointError(f"{where}: float16 gradients overflow, 20 steps in a row: set amp=bf16 or amp=off")
+    else:
+        p.in_a_row = check_finite(found, norm, t.config.nonfinite, p.in_a_row, where)
     if p.in_a_row == 0:
         t.scaler.step(t.optimizer)
-        t.scaler.update()
+    t.scaler.update()
     t.optimizer.zero_grad(set_to_none=True)
-    if not good:
+    if p.in_a_row:
         p.skipped += 1
         return torch.zeros(7, dtype=torch.float64)
     if t.averaged and t.config.ema_decay:

@@ -63,7 +63,7 @@ class Averaged:
     @torch.no_grad()
     def update(
         self,
-        model: nn.Module,
+        model: nn.Module,  # the one it was made for
     ) -> None:
         "Take in the present weights."
         state, share = model.state_dict(), self.share
@@ -76,7 +76,7 @@ class Averaged:
     @contextmanager
     def applied(
         self,
-        model: nn.Module,
+        model: nn.Module,  # the one it was made for
     ) -> Iterator[None]:
         "The averaged weights are in the model inside, and the trained ones again afterwards, bit for bit."
         trained = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -90,6 +90,10 @@ class Averaged:
         return {"updates": self.updates, "state": self.state}
 
     def load_state_dict(self, given: dict[str, Any]) -> None:
+        if other := given["state"].keys() ^ self.state.keys():
+            raise ValueError(
+                f"averaged weights of another network: {sorted(other)[0]} is in one only. Use its checkpoint"
+            )
         self.updates = given["updates"]
         for name, tensor in given["state"].items():
             self.state[name].copy_(tensor)
@@ -124,9 +128,10 @@ def set_precision(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+    tf32 = tf32 and device.type == "cuda"  # it would reach into the matrix products of newer CPUs, too
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
-    found = {"device": device.type, "deterministic": deterministic, "tf32": tf32 and device.type == "cuda"}
+    found = {"device": device.type, "deterministic": deterministic, "tf32": tf32}
     return found | {"threads": torch.get_num_threads()}
 
 # %% ../notebooks/14_optim.ipynb #96f6e981
@@ -136,5 +141,6 @@ def steady_memory() -> bool:  # whether anything was set: glibc only
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # names and numbers of malloc.h
-    return bool(mallopt(mmap_threshold, 2**30)) and bool(mallopt(trim_threshold, most))
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names and numbers of malloc.h
+    kept = mallopt(mmap_threshold, 2**30) or mallopt(mmap_max, 0)  # older ones take no threshold above 32 MB
+    return bool(kept and mallopt(trim_threshold, 2**31 - 1))
