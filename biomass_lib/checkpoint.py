@@ -49,6 +49,8 @@ def storable(
     "Numbers of numpy become Python's, and so on. Raises TypeError naming the place of anything that could not be read again."
     if value is None or isinstance(value, torch.Tensor):
         return value
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
     if isinstance(value, dict):
         return {storable(name, where): storable(part, f"{where}.{name}") for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -81,6 +83,11 @@ def save_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, outlives a loss of power
+        finally:
+            os.close(folder)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -108,8 +115,8 @@ def check_same(
 ) -> None:
     "Raises ValueError that lists every parameter that has changed."
     names = [name for name in {**then, **now} if name not in free]
-    pairs = {name: (then.get(name), now.get(name)) for name in names}
-    changed = [f"{name}: {a!r} -> {b!r}" for name, (a, b) in pairs.items() if a != b]
+    pairs = {name: tuple(repr(side[name]) if name in side else "not there" for side in (then, now)) for name in names}
+    changed = [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b]
     if changed:
         raise ValueError(
             f"the training was begun with other parameters ({listed(changed, 20)}); go on with those, or remove last.ckpt to begin anew"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OF_THE_BOX', 'SCHEMES', 'SMOKE', 'Config', 'check_types', 'check_config', 'smoke_config', 'config_to_yaml',
-           'config_from_yaml']
+           'config_from_yaml', 'parse_value']
 
 # %% ../notebooks/01_config.ipynb #feadf880
 import dataclasses
@@ -207,3 +207,24 @@ def config_from_yaml(
         return Config.from_dict(parameters | overrides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+# %% ../notebooks/01_config.ipynb #14311e3b
+def parse_value(
+    name: str,  # a parameter of Config
+    text: str,  # as typed
+) -> Any:
+    "Text as the parameter's type. Raises ValueError that names the parameter."
+    default = Config().to_dict().get(name)
+    if isinstance(default, bool):
+        known = {"true": True, "false": False}
+        if text.lower() not in known:
+            raise ValueError(f"parameter {name} must be True or False, not {text!r}")
+        return known[text.lower()]
+    if isinstance(default, tuple):
+        return tuple(filter(None, text.split(",")))
+    if default is None:
+        return text  # no such parameter: Config says so, with a list of those there are
+    try:
+        return type(default)(text)
+    except ValueError as error:
+        raise ValueError(f"parameter {name} must be {type(default).__name__}, not {text!r}") from error

@@ -118,7 +118,7 @@ class EpochSampler(Sampler):
 
 # %% ../notebooks/10_dataset.ipynb #a877ef40
 class RankBatches(Sampler):
-    "The part of each batch that belongs to one of several processes."
+    "The part of each batch that belongs to one of several processes. Raises ValueError for more processes than rows."
 
     def __init__(
         self,
@@ -128,6 +128,8 @@ class RankBatches(Sampler):
         size: int,  # number of processes
         drop_rest: bool,  # leave out a last batch with fewer photographs than processes
     ):
+        if len(order) < size:
+            raise ValueError(f"{len(order)} photographs for {size} processes: start at most {len(order)}")
         self.order, self.batch_size, self.rank, self.size, self.drop_rest = order, batch_size, rank, size, drop_rest
 
     def parts(self, rows: list[int]) -> list[list[int]]:

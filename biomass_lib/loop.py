@@ -40,7 +40,16 @@ from .logs import RunLog, StepClock
 from .losses import PrimaryHuber
 from .models import autocast_dtype, save_weights
 from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer, set_precision, steady_memory
-from .parallel import gather_rows, is_main, reduce_sum, world, wrap_ddp
+from biomass_lib.parallel import (
+    gather_objects,
+    gather_rows,
+    is_main,
+    reduce_sum,
+    same_buffers,
+    wait_for_all,
+    world,
+    wrap_ddp,
+)
 from .predict import pick_device
 from .targets import primary_to_all, r2_per_target, weighted_r2
 
@@ -235,6 +244,7 @@ def validate(
 ) -> tuple[dict[str, float], np.ndarray]:  # logged values, and mass_N5 in the order of the table
     "Loss, official score and per-target R2 of a held-out set. Raises FloatingPointError for predictions that are not finite."
     t.model.eval()
+    same_buffers(t.model)
     rows, preds = [], []
     for batch in loader:
         with t.autocast():
@@ -309,17 +319,18 @@ def save_training(
     t: Training,
 ) -> None:
     "Write last.ckpt, and remove the weights of epochs that are no longer the best."
+    rng = gather_objects(rng_state())  # each process has its own dropout
     if not is_main():
         return
     state = {
-        "params": t.config.to_dict(),
+        "params": t.config.to_dict() | {"processes": world()[1]},
         "about": about() | {"dtype": str(t.dtype)},
         "progress": dict(vars(t.progress)),
     }
     parts = {"model": t.model, "optimizer": t.optimizer, "scaler": t.scaler, "log": t.log}
     parts |= {"averaged": t.averaged} if t.averaged else {}
     state |= {name: part.state_dict() for name, part in parts.items()}
-    save_checkpoint(t.out_dir / "last.ckpt", state | {"rng": rng_state()})
+    save_checkpoint(t.out_dir / "last.ckpt", state | {"rng": rng})
     keep = t.best_file(t.progress.best_epoch).stem
     for path in t.out_dir.glob("best*.*"):
         if path.stem != keep:
@@ -334,7 +345,7 @@ def resume_training(
     state = load_checkpoint(path)
     if state is None:
         return False
-    check_same(state["params"], storable(t.config.to_dict()), free=OF_THE_BOX)
+    check_same(state["params"], storable(t.config.to_dict() | {"processes": world()[1]}), free=OF_THE_BOX)
     t.progress = Progress(**state["progress"])
     best, weights = t.best_file(t.progress.best_epoch), t.out_dir / "weights.safetensors"
     if t.progress.best_epoch and not best.is_file() and not weights.is_file():
@@ -343,10 +354,11 @@ def resume_training(
     parts |= {"averaged": t.averaged} if t.averaged else {}
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    set_rng_state(state["rng"])
+    set_rng_state(state["rng"][world()[0]])
     changes = about_changes(state["about"], about() | {"dtype": str(t.dtype)})
     where = f"epoch {t.progress.epoch}, step {t.progress.step + 1}"
-    print(f"going on from {path.name} at {where}" + f"; {changes}" * bool(changes))
+    if is_main():
+        print(f"going on from {path.name} at {where}" + f"; {changes}" * bool(changes))
     return True
 
 # %% ../notebooks/18_loop.ipynb #0b8fcc92
@@ -421,6 +433,7 @@ def fit(
     Raises FloatingPointError when the loss is not finite, ValueError when the folder's checkpoint does not fit."""
     t, plan, stage = make_training(model, config, Path(out_dir), scale_g), stage_plan(config), 0
     resume_training(t)
+    wait_for_all()  # the first one through may have nothing left to do, and remove the checkpoint
     while t.progress.epoch <= len(plan) and not out_of_patience(t):
         if plan[t.progress.epoch - 1] != stage:
             stage = plan[t.progress.epoch - 1]

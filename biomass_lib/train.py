@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_text', 'open_run', 'read_audited', 'Fold', 'prepare_fold', 'oof_table', 'save_fold', 'build_model',
-           'start_fold', 'train_fold', 'main']
+           'start_fold', 'train_fold', 'launch_fold', 'main']
 
 # %% ../notebooks/19_train.ipynb #0e7bdd45
 import argparse
@@ -18,19 +18,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
+import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
 from .audit import audit, stop_on_errors
 from .augment import half_augmentation
-from .config import OF_THE_BOX, Config, config_from_yaml, config_to_yaml
+from .config import OF_THE_BOX, Config, config_from_yaml, config_to_yaml, parse_value
 from .dataset import HalvesDataset, make_loader
 from .folds import experiment_folds
 from .loop import FitResult, fit, seed_everything
 from .models import create_model
-from .parallel import is_main, joined, wait_for_all, world
+from .parallel import is_main, joined, launch, wait_for_all, world
 from .tables import TRAIN_COLUMNS, beside, leave_out, long_to_wide, read_text_csv, wide_to_long, write_csv
 from .targets import TARGETS, all_to_primary
 
@@ -184,6 +184,8 @@ def start_fold(
     Raises ValueError for a model without the parts that training needs."""
     seed_everything(config.seed)
     model = model_fn(config, all_to_primary(fold.train_mean_5))
+    if not is_main():
+        torch.manual_seed(config.seed + 1000 * world()[0])  # the same weights everywhere, but not the same dropout
     absent = [name for name in ("backbone", "heads", "features", "freeze_backbone", "spec") if not hasattr(model, name)]
     if absent:
         raise ValueError(f"the model of model_fn lacks {', '.join(absent)}; `biomass_lib.models.TwoStream` shows them")
@@ -213,6 +215,16 @@ def train_fold(
     return save_fold(fold, config, result, time.perf_counter() - started)
 
 # %% ../notebooks/19_train.ipynb #a95e0083
+def launch_fold(
+    config: Config,  # with a data_dir; batch_size is that of each process
+    processes: int,  # one a GPU; without a GPU they share the cores
+) -> Path:  # the fold's folder
+    """Train one fold in several processes at once, from a notebook.
+
+    Raises ValueError as `launch` does, and ChildFailedError that names the process whose error has ended the others."""
+    return launch(train_fold, config, processes=processes)[0]
+
+# %% ../notebooks/19_train.ipynb #e15b24f1
 @record
 def main(
     arguments: list[str] | None = None,  # None: those of the process
@@ -222,7 +234,7 @@ def main(
     parser.add_argument("parameters", help="parameter file, as for papermill -f")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
     given = parser.parse_args(arguments)
-    config = config_from_yaml(given.parameters, **{name: yaml.safe_load(value) for name, value in given.p})
+    config = config_from_yaml(given.parameters, **{name: parse_value(name, value) for name, value in given.p})
     with joined():
         out_dir = train_fold(config)
         if is_main():

@@ -29,15 +29,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def begun(home: Path, experiment: str, **changes) -> subprocess.Popen:
-    "Start a fold of an experiment, as a command would."
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_ALBUMENTATIONS_UPDATE": "1"}
+
+
+def parameters(home: Path, experiment: str, **changes) -> str:
+    "Write the parameter file of an experiment; its name."
     config, _ = smoke_config(Config(), home / "demo")
     config = dataclasses.replace(config, **(SETTINGS | {"experiment": experiment} | changes))
     (home / f"{experiment}.yaml").write_text(config_to_yaml(config))
-    command = [sys.executable, "-m", "biomass_lib.train", f"{experiment}.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_ALBUMENTATIONS_UPDATE": "1"}
+    return f"{experiment}.yaml"
+
+
+def begun(home: Path, experiment: str, **changes) -> subprocess.Popen:
+    "Start a fold of an experiment, as a command would."
+    command = [sys.executable, "-m", "biomass_lib.train", parameters(home, experiment, **changes)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=home, env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=home, env=ENVIRONMENT, start_new_session=True, **pipes)
 
 
 def ended(process: subprocess.Popen) -> str:
@@ -78,33 +85,52 @@ def test_golden_curve(home: Path, whole: dict[str, bytes]):
     assert names == {*SAME, "speed.csv", "done.json"}
 
 
-def killed_until_done(home: Path, experiment: str, kills: int, seed: int) -> int:
+def killed_until_done(home: Path, experiment: str, kills: int, seed: int, **changes) -> int:
     "Kill a training at random moments, then let it end. Returns how many kills there were."
     rng, folder, done = np.random.default_rng(seed), home / f"runs/{experiment}/fold0", 0
     while done < kills:
-        process = begun(home, experiment)
+        process = begun(home, experiment, **changes)
         before = (folder / "last.ckpt").stat().st_mtime_ns if (folder / "last.ckpt").exists() else 0
         while process.poll() is None:
             checkpoint = folder / "last.ckpt"
             if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
                 break
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.25))
+        time.sleep(rng.uniform(0, 0.5 / kills))
         if process.poll() is not None:
             assert process.returncode == 0, process.communicate()[0]
             return done
         kill(process)
         assert not (folder / "done.json").exists() or (folder / "weights.safetensors").exists()
         done += 1
-    ended(begun(home, experiment))
+    ended(begun(home, experiment, **changes))
     return done
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(home: Path, whole: dict[str, bytes], kills: int):
     experiment = f"killed{kills}"
-    assert killed_until_done(home, experiment, kills, seed=kills) >= min(kills, 3)
+    assert killed_until_done(home, experiment, kills, seed=kills) == kills
     same_but_for_the_name(contents(home / f"runs/{experiment}/fold0"), whole, experiment)
+
+
+OTHER_SETTINGS = {
+    "by_epoch": {"checkpoint_steps": 0, "workers": 0, "stage1_epochs": 6, "early_stopping_patience": 3},
+    "stored": {"augment": "none", "stage1_epochs": 8, "stage2_epochs": 2, "swa_epochs": 2, "ema_decay": 0.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_killed_with_other_settings(home: Path, name: str):
+    "A checkpoint an epoch, no workers, early stopping; features of stage 1 that are stored, and averages of the last epochs."
+    changes = OTHER_SETTINGS[name]
+    ended(begun(home, f"calm_{name}", **changes))
+    calm = contents(home / f"runs/calm_{name}/fold0")
+    assert killed_until_done(home, f"torn_{name}", 3, seed=4, **changes) == 3
+    torn = contents(home / f"runs/torn_{name}/fold0")
+    for file in SAME:
+        assert torn[file].replace(b"torn_", b"calm_") == calm[file], f"{file} differs"
 
 
 def test_killed_while_it_writes_the_checkpoint(home: Path, whole: dict[str, bytes]):
@@ -122,12 +148,8 @@ def dying_replace(draft, path):
 checkpoint.os.replace = dying_replace
 train.main(sys.argv[1:])
 """
-    ended_file = home / "half.yaml"
-    process = begun(home, "half")
-    kill(process)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_ALBUMENTATIONS_UPDATE": "1"}
-    command = [sys.executable, "-c", program, ended_file.name]
-    assert subprocess.run(command, cwd=home, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", program, parameters(home, "half")]
+    assert subprocess.run(command, cwd=home, env=ENVIRONMENT, capture_output=True).returncode == -signal.SIGKILL
     folder = home / "runs/half/fold0"
     assert list(folder.glob(".last.ckpt.*.tmp")) and (folder / "last.ckpt").exists()
     said = ended(begun(home, "half"))
