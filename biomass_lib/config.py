@@ -41,6 +41,14 @@ class Config:
     img_size: int = 768  # side in pixels to which each half (1000 x 1000) is resized
     hidden_ratio: float = 0.25  # width of the heads' hidden layer as a share of the feature width
     dropout: float = 0.30  # in the heads
+    targets: str = "primary"  # what is learned: primary, components, ratios or five masses
+    pool: str = "timm"  # two_stream: timm (its own pooling), mean, max_mean, gem or attention
+    fuse: str = "concat"  # the two halves: concat, mean, or cross (two_stream with a pool that is not timm)
+    grid: int = 2  # dinov2_tiled: tiles along each side of a half
+    film: str = "cross"  # dinov2_tiled: tiles modulated by the other half; identity leaves that out
+    aux: str = ""  # predicted in training besides masses: ndvi, height, species, state, intervals, joined by +
+    aux_weight: float = 0.1  # their weight in the loss
+    condition: bool = False  # FiLM by what aux predicts (two_stream, dinov2_tiled)
     # training
     augment: str = "reference"  # none, strong, or parts joined by +: reference, scale, crop, blur, oddities, swap
     mix: float = 0.0  # share of photographs whose right half comes from another one; masses are averaged
@@ -50,8 +58,14 @@ class Config:
     stage2_epochs: int = 15  # epochs with everything trained
     stage2_lr: float = 1e-5  # peak learning rate of stage 2
     weight_decay: float = 0.01  # AdamW; not on biases and norms
+    unfreeze: str = "all"  # of the backbone in stage 2: all, gradual (from its end, over half of the stage), or last4
+    layer_decay: float = 1.0  # factor on the learning rate from a layer of the backbone to the one below
+    lora_rank: int = 0  # low-rank changes to a transformer in place of its weights (needs the extra lora); 0 is off
+    grad_checkpointing: bool = False  # compute activations of the backbone twice, to save memory
     warmup: float = 0.1  # share of each stage's steps in which the learning rate rises
     grad_clip: float = 1.0  # largest norm of the gradient; 0 is off
+    loss: str = "huber"  # huber or mse
+    loss_over: str = "primary"  # primary, or all five masses
     loss_beta_g: float = 10.0  # grams of error at which the Huber loss turns from square to linear
     amp: str = "auto"  # auto, bf16, fp16 or off
     accumulate: int = 1  # batches summed up into one step of the optimizer
@@ -137,6 +151,16 @@ def check_config(
         "warmup": (0 <= config.warmup < 1, "from 0 to below 1"),
         "grad_clip": (config.grad_clip >= 0, "0 (off) or more"),
         "loss_beta_g": (config.loss_beta_g > 0, "above 0"),
+        "loss": (config.loss in ("huber", "mse"), "huber or mse"),
+        "loss_over": (config.loss_over in ("primary", "all"), "primary or all"),
+        "unfreeze": (
+            config.unfreeze in ("all", "gradual") or config.unfreeze.removeprefix("last").isdecimal(),
+            "all, gradual, or last and a number of layers, such as last4",
+        ),
+        "layer_decay": (0 < config.layer_decay <= 1, "above 0, to 1 (off)"),
+        "grid": (config.grid >= 1, "at least 1"),
+        "lora_rank": (config.lora_rank >= 0, "0 (off) or more"),
+        "aux_weight": (config.aux_weight >= 0, "0 or more"),
         "amp": (config.amp in ("auto", "bf16", "fp16", "off"), "auto, bf16, fp16 or off"),
         "accumulate": (config.accumulate >= 1, "at least 1"),
         "early_stopping_patience": (config.early_stopping_patience >= 0, "0 (off) or more"),

@@ -55,7 +55,7 @@ class HalvesDataset(Dataset):
         mix: float = 0.0,  # share of photographs that get another one's right half; masses are averaged
         seed: int = 0,  # of augmentation and mixing
     ):
-        self.mass_N5 = table_masses(table)
+        self.mass_N5, self.table = table_masses(table), table
         self.paths = [Path(data_dir) / name for name in table["image_path"]]
         self.img_size, self.augment, self.clean, self.mix, self.seed = img_size, augment, clean, mix, seed
         self.shared_epoch = torch.zeros(1, dtype=torch.int64).share_memory_()

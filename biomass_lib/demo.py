@@ -6,8 +6,8 @@
 __all__ = ['STATES', 'MOST_LEAVES', 'DENSITY', 'Visit', 'draw_visit', 'Leaves', 'patches', 'patchy_points', 'leaf_area',
            'draw_leaves', 'leaf_mass', 'blade_outlines', 'clover_outlines', 'leaf_colours', 'draw_soil', 'throw_shade',
            'leaf_shapes', 'draw_layers', 'add_oddities', 'take_photo', 'sward_grams', 'render_photo', 'five_masses',
-           'plan_visits', 'write_photo', 'image_names', 'plan_photos', 'truth_row', 'long_rows', 'save_table',
-           'claim_folder', 'render_dataset', 'write_tables', 'main']
+           'true_density', 'plan_visits', 'write_photo', 'image_names', 'plan_photos', 'truth_row', 'long_rows',
+           'save_table', 'claim_folder', 'render_dataset', 'write_tables', 'main']
 
 # %% ../notebooks/07_demo.ipynb #d0bf292c
 import argparse
@@ -363,6 +363,25 @@ def five_masses(
     "The sums are exact."
     gdm = mass_g["grass"] + mass_g["clover"]
     return np.array([mass_g["grass"], mass_g["dead"], mass_g["clover"], gdm, gdm + mass_g["dead"]])
+
+# %% ../notebooks/07_demo.ipynb #636dab59
+def true_density(
+    leaves: dict[str, Leaves],  # grass, clover and dead, of `render_photo`
+    rows: int,  # of the map, over the height of the photograph
+    columns: int,  # over its width
+) -> np.ndarray:  # density_5HW, g per square metre, order of TARGETS
+    "The map of expected masses in one photograph."
+    grams = {}
+    for component, found in leaves.items():
+        along_S = np.linspace(0, 1, 5) if component != "clover" else np.zeros(1)
+        step_K2 = np.stack([np.cos(found.angle_K), np.sin(found.angle_K)], axis=1) * found.length_K[:, None]
+        place_KS2 = found.base_K2[:, None] + along_S[:, None] * step_K2[:, None]
+        gram_K = DENSITY[component] * leaf_area(component, found.length_K, found.width_K) / 1e5
+        gram_KS = np.broadcast_to(gram_K[:, None] / len(along_S), place_KS2.shape[:2])
+        x, y = place_KS2[..., 0].ravel(), place_KS2[..., 1].ravel()
+        span = [[0, 1000], [0, 2000]]
+        grams[component], *_ = np.histogram2d(y, x, bins=(rows, columns), range=span, weights=gram_KS.ravel())
+    return five_masses(grams) * rows * columns / (0.7 * 0.3)
 
 # %% ../notebooks/07_demo.ipynb #25e0704c
 def plan_visits(

@@ -57,7 +57,9 @@ def write_run(
     for fold in range(n_folds):
         torch.manual_seed(fold)
         clean = "both" if fold else "none"  # the kernel has to do to each model's photographs what training did
-        model = create_model("two_stream", backbone="test_resnet", img_size=96, mean_g=(45.3, 33.3, 26.6), clean=clean)
+        name = ("two_stream", "dinov2_tiled", "dense")[fold % 3]  # an ensemble may mix them
+        shape = {"backbone": "test_resnet", "img_size": 96, "mean_g": (26.6, 12.0, 6.7, 33.3, 45.3), "clean": clean}
+        model = create_model(name, **shape)
         for layers in model.heads.layers:
             torch.nn.init.normal_(layers[-1].weight, std=2.0)  # zero at the start: every answer would be the mean
         fold_dir = run_dir / f"fold{fold}"

@@ -12,10 +12,11 @@
 # **The method.**
 #
 # 1. The photograph, twice as wide as high, is cut into a left and a right half, and each is made smaller to a square.
-# 2. One image network looks at both halves. Its two feature vectors, side by side, go to three small heads, which predict *Total*, *GDM*
-#    and *Green*.
-# 3. The other two follow: *Dead* = Total - GDM and *Clover* = GDM - Green, cut off at zero. Three numbers can be learned better than five
-#    that have to agree with each other.
+# 2. One image network looks at both halves. What it makes of them goes to small heads: in the reference model, `two_stream`, two feature
+#    vectors side by side; in `dinov2_tiled`, tiles of each half modulated by the other half; in `dense`, a density for each piece of
+#    the picture, added up.
+# 3. Only some of the five masses are learned, the others follow: in the reference *Total*, *GDM* and *Green* are learned, *Dead* = Total -
+#    GDM and *Clover* = GDM - Green, cut off at zero. Three numbers can be learned better than five that have to agree with each other.
 # 4. Several networks vote, one for each fold of the cross-validation. Each had its own visits (dates) held out in training, so they err in
 #    different ways.
 # 5. Each network sees each photograph four times: as it is, flipped horizontally, flipped vertically, and both. A quadrat has no up and no
@@ -47,10 +48,10 @@ print("  ".join(f"{name} {version}" for name, version in versions.items()))
 # %% [markdown]
 # ## The library
 #
-# The next cells write the five modules that inference needs into a folder beside this notebook. They are the text of `biomass_lib` as it
+# The next cells write the modules that inference needs into a folder beside this notebook. They are the text of `biomass_lib` as it
 # was used in training, so photographs are decoded, halved and resized by the same code here and there. Read them in this order: `targets`
-# (the five masses), `images` (from a file to two halves), `tables` (the competition's tables), `models` (the network) and `predict`
-# (views, means and the submission).
+# (the five masses), `images` with `artefacts` (from a file to two halves), `tables` (the competition's tables), `backbones`, `heads` and
+# `models` (the network) and `predict` (views, means and the submission).
 
 # %%
 Path("biomass_lib").mkdir(exist_ok=True)
@@ -78,9 +79,8 @@ test = read_test(data_dir)
 print(f"data {data_dir}: {test['image_id'].nunique()} photographs")
 print(f"weights {weights_dir}: {manifest.get('experiment', 'unnamed')}, {len(manifest['models'])} models")
 models = pd.DataFrame(manifest["models"])
-models["backbone"] = [spec["backbone"] for spec in models["spec"]]
-models["img_size"] = [spec["img_size"] for spec in models["spec"]]
-models["clean"] = [spec["clean"] for spec in models["spec"]]
+for name in ("name", "backbone", "targets", "img_size", "clean"):
+    models[name] = [spec[name] for spec in models["spec"]]
 models.drop(columns=["spec", "sha256"])
 
 # %% [markdown]
