@@ -18,7 +18,7 @@ import torch
 from biomass_lib import kernel
 from biomass_lib.demo import render_dataset
 from biomass_lib.models import create_model, save_weights
-from biomass_lib.predict import find_inputs, make_submission, read_manifest
+from biomass_lib.submit import find_inputs, make_submission, read_manifest
 from biomass_lib.targets import TARGETS
 
 ROOT = kernel.repo_root(Path(__file__).parent)
@@ -155,7 +155,7 @@ def test_kernel_gives_the_librarys_submission(stage, bare_python, tmp_path, layo
     assert ran.returncode == 0, ran.stderr[-4000:]
     assert {path.name for path in (tmp_path / "working").iterdir()} == {"biomass_lib", "submission.csv"}
 
-    make_submission(*find_inputs(inputs), tmp_path / "library.csv", device="cpu")
+    make_submission(*find_inputs(inputs), tmp_path / "library.csv", devices=["cpu"])
     ours, theirs = pd.read_csv(tmp_path / "library.csv"), pd.read_csv(tmp_path / "working" / "submission.csv")
     assert list(theirs["sample_id"]) == list(pd.read_csv(tmp_path / "data" / "test.csv")["sample_id"])
     assert list(theirs["sample_id"]) == list(ours["sample_id"])
@@ -176,7 +176,7 @@ def test_damaged_weights_stop_the_kernel(stage, bare_python, tmp_path):
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match="tiny_fold1.safetensors has another sha256"):
-        make_submission(data_dir, weights_dir, tmp_path / "submission.csv", device="cpu")
+        make_submission(data_dir, weights_dir, tmp_path / "submission.csv", devices=["cpu"])
     assert not (tmp_path / "submission.csv").exists()
     ran = rehearse(bare_python, stage / "inference.ipynb", inputs, tmp_path / "working")
     assert ran.returncode != 0

@@ -19,9 +19,10 @@
 #    GDM and *Clover* = GDM - Green, cut off at zero. Three numbers can be learned better than five that have to agree with each other.
 # 4. Several networks vote, one for each fold of the cross-validation. Each had its own visits (dates) held out in training, so they err in
 #    different ways.
-# 5. Each network sees each photograph four times: as it is, flipped horizontally, flipped vertically, and both. A quadrat has no up and no
-#    left. The halves are flipped one by one and keep their places, as in training.
-# 6. The prediction is the mean over networks and views.
+# 5. Each network sees each photograph in several views, as it is and flipped. A quadrat has no up and no left. The halves are flipped one by
+#    one and keep their places, as in training. Which views, the manifest says.
+# 6. The prediction is the weighted mean over networks and views. If the manifest has a projection, it is then moved to the nearest masses
+#    that balance.
 
 # %%
 import os
@@ -30,6 +31,8 @@ import sys
 import time
 from pathlib import Path
 
+START = time.monotonic()
+HOURS = 8  # of the nine that a kernel may run; then the submission is written with what is there
 os.environ["HF_HUB_OFFLINE"] = "1"  # a look-up of weights would wait for a network that is not there
 sys.path.insert(0, os.getcwd())
 
@@ -44,6 +47,8 @@ versions = {"python": platform.python_version()}
 for module in (torch, timm, np, pd, cv2):
     versions[module.__name__] = module.__version__
 print("  ".join(f"{name} {version}" for name, version in versions.items()))
+for number in range(torch.cuda.device_count()):
+    print(f"GPU {number}: {torch.cuda.get_device_name(number)}")
 
 # %% [markdown]
 # ## The library
@@ -51,7 +56,7 @@ print("  ".join(f"{name} {version}" for name, version in versions.items()))
 # The next cells write the modules that inference needs into a folder beside this notebook. They are the text of `biomass_lib` as it
 # was used in training, so photographs are decoded, halved and resized by the same code here and there. Read them in this order: `targets`
 # (the five masses), `images` with `artefacts` (from a file to two halves), `tables` (the competition's tables), `backbones`, `heads` and
-# `models` (the network) and `predict` (views, means and the submission).
+# `models` (the network), `predict` (views, devices, means, the time) and `submit` (weights, checks, the submission).
 
 # %%
 Path("biomass_lib").mkdir(exist_ok=True)
@@ -61,7 +66,8 @@ Path("biomass_lib").mkdir(exist_ok=True)
 
 # %%
 from biomass_lib.images import read_photo
-from biomass_lib.predict import find_inputs, make_submission, pick_device, read_manifest
+from biomass_lib.predict import pick_devices
+from biomass_lib.submit import find_inputs, make_submission, read_manifest
 from biomass_lib.tables import read_test
 from biomass_lib.targets import TARGETS
 
@@ -78,32 +84,38 @@ manifest = read_manifest(weights_dir)
 test = read_test(data_dir)
 print(f"data {data_dir}: {test['image_id'].nunique()} photographs")
 print(f"weights {weights_dir}: {manifest.get('experiment', 'unnamed')}, {len(manifest['models'])} models")
+print(f"views {', '.join(manifest['views'])}; {'with' if manifest['projection'] else 'without'} a projection")
 models = pd.DataFrame(manifest["models"])
 for name in ("name", "backbone", "targets", "img_size", "clean"):
     models[name] = [spec[name] for spec in models["spec"]]
 models.drop(columns=["spec", "sha256"])
 
 # %% [markdown]
-# ## The device
+# ## The devices
 #
-# That a GPU is listed does not mean that this torch can use it, so it has to do one small multiplication. If it cannot, we say so and go on
-# with the CPU.
+# That a GPU is listed does not mean that this torch can use it, so each has to do one small multiplication. Those that can share the
+# photographs. If none can, we say so and go on with the CPU.
 
 # %%
-device = pick_device()
-print(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU with {os.cpu_count()} cores'}")
+devices = pick_devices()
+for device in devices:
+    print(f"{device}: {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{os.cpu_count()} cores'}")
 
 # %% [markdown]
 # ## The submission
 #
-# Threads decode the photographs ahead of the network, each once for all models and views. The table gets its name only after it has been read
+# Threads decode the photographs ahead of the networks, each once for all models and views. The time is watched: if the rest would take longer
+# than there is, views are left out, then models, and it is said. A photograph that cannot be read is given the training mean and named; more
+# than one in fifty stop the notebook, and so do predictions that are all the same or absurd. The table gets its name only after it has been read
 # back and checked: every id of `test.csv` once and in its order, every mass a number and not below zero. A failure stops the notebook. There is
 # no placeholder submission: a score made of constants would hide the failure.
 
 # %%
-start = time.perf_counter()
-submission = make_submission(data_dir, weights_dir, "submission.csv", device=device)
-seconds = time.perf_counter() - start
+begun = time.monotonic()
+submission = make_submission(
+    data_dir, weights_dir, "submission.csv", devices=devices, deadline=START + HOURS * 3600
+)
+seconds = time.monotonic() - begun
 print(f"{len(submission)} rows, {seconds:.1f} s, {seconds / max(1, test['image_id'].nunique()):.2f} s a photograph")
 submission.head(10)
 
@@ -111,23 +123,21 @@ submission.head(10)
 # ## Do the numbers make sense?
 #
 # The spread of each mass. In the training data the means are near 27 g of green, 12 g of dead matter, 7 g of clover, 33 g of GDM and 45 g in
-# total. Where the manifest knows the mean of this training run, a line shows it.
+# total. A line shows the mean of the photographs that these networks were trained on.
 
 # %%
 predicted = submission.assign(
     image_id=submission["sample_id"].str.split("__").str[0], target_name=submission["sample_id"].str.split("__").str[1]
 ).pivot(index="image_id", columns="target_name", values="target")[list(TARGETS)]
-means_g = manifest.get("train_mean_g") or [None] * len(TARGETS)
+means_g = manifest["train_mean_g"]
 fig, axes = plt.subplots(1, len(TARGETS), figsize=(12, 2.4), layout="constrained")
 for ax, name, mean_g in zip(axes, TARGETS, means_g, strict=True):
     ax.hist(predicted[name], bins=min(30, max(5, len(predicted) // 4)), color="tab:green")
-    if mean_g is not None:
-        ax.axvline(mean_g, color="black", linewidth=1, linestyle="--", label="training mean")
+    ax.axvline(mean_g, color="black", linewidth=1, linestyle="--", label="training mean")
     ax.set_title(name, fontsize=9)
     ax.set_xlabel("grams")
 axes[0].set_ylabel("photographs")
-if means_g[0] is not None:
-    axes[0].legend(fontsize=7)
+axes[0].legend(fontsize=7)
 plt.show()
 predicted.describe().round(2)
 

@@ -1,0 +1,587 @@
+"""biomass_lib.client with the unmodified `kaggle` client against a Kaggle on the loopback interface: the way to a score, and the faults.
+
+Each fault's row (what the user sees, the exit status, what the server is left with) goes to runs/faults.md when all of them ran.
+"""
+
+import base64
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from kaggle_server import FAULTS, KEY, QUOTA, RULES, USER, KaggleSite, kaggle_site
+
+from biomass_lib import client, kernel
+from biomass_lib.submit import file_sha256
+from biomass_lib.targets import TARGETS
+
+ROOT = kernel.repo_root(Path(__file__).parent)
+DATASET, KERNEL = f"{USER}/csiro-biomass-weights", f"{USER}/csiro-biomass-inference"
+CANARIES = (KEY, base64.b64encode(f"{USER}:{KEY}".encode()).decode(), "another-canary")
+QUICK = ("--every", "0.05", "--limit", "20")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    "What the client's checks read of the repository, with an owner, a fresh kernel and three small files of weights."
+    folder = tmp_path_factory.mktemp("checkout") / "repo"
+    for name in (
+        "settings.ini",
+        "kaggle/inference/inference.py",
+        "kaggle/inference/kernel-metadata.json",
+        "kaggle/weights/dataset-metadata.json",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "biomass_lib", folder / "biomass_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    kernel.fill_user(folder, USER)
+    kernel.build_kernel(folder)
+    weights, entries = folder / "kaggle" / "weights", []
+    for fold in range(3):
+        path = weights / f"tiny_fold{fold}.safetensors"
+        path.write_bytes(np.random.default_rng(fold).bytes(40_000 + fold))
+        entries.append({"file": path.name, "size": 40_000 + fold, "sha256": file_sha256(path), "spec": {}, "weight": 1})
+    manifest = {"format": 2, "project": "biomass", "experiment": "tiny", "models": entries}
+    manifest |= {"views": ["identity"], "projection": None, "train_mean_g": [26.6, 12.0, 6.7, 33.3, 45.3]}
+    (weights / "manifest.json").write_text(json.dumps(manifest))
+    (weights / "README.md").write_text("# Model card\n")
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path, checkout, monkeypatch):
+    "A server, an environment that leads to it, and a copy of the checkout as the working folder."
+    shutil.copytree(checkout, tmp_path / "repo")
+    monkeypatch.chdir(tmp_path / "repo")
+    with kaggle_site(tmp_path / "site") as site:
+        for name in list(os.environ):
+            if name.startswith("KAGGLE") or name.lower().endswith("_proxy"):
+                monkeypatch.delenv(name)
+        for name, value in site.environment.items():
+            monkeypatch.setenv(name, value)
+        yield site
+
+
+@pytest.fixture
+def ask(site, capsys):
+    "biomass_kaggle in this process: exit status, output, errors; never a credential in them."
+
+    def ask(*argv: str) -> tuple[int, str, str]:
+        code = 0
+        capsys.readouterr()
+        try:
+            client.client_main([*argv, *QUICK] if "--limit" not in argv else [*argv, *QUICK[:2]])
+        except SystemExit as end:
+            code = 1 if isinstance(end.code, str) else end.code
+            print(end.code, file=sys.stderr)
+        said = capsys.readouterr()
+        assert not [canary for canary in CANARIES if canary in said.out + said.err]
+        return code, said.out, said.err.strip()
+
+    return ask
+
+
+def submission_csv(folder: Path) -> bytes:
+    "A valid submission, and test.csv for it in `folder`."
+    folder.mkdir(exist_ok=True)
+    rows = [(f"ID1__{name}", "test/ID1.jpg", name) for name in TARGETS]
+    pd.DataFrame(rows, columns=["sample_id", "image_path", "target_name"]).to_csv(folder / "test.csv", index=False)
+    return ("sample_id,target\n" + "".join(f"{row[0]},{7.5 + k}\n" for k, row in enumerate(rows))).encode()
+
+
+# ---- the way to a score
+
+
+def test_all_steps(site, ask, tmp_path):
+    site.outputs = {"submission.csv": submission_csv(tmp_path / "data"), "biomass_lib/models.py": b"# as written\n"}
+    site.page_limit, site.not_ready = 2, 1
+    code, out, err = ask("all", "-m", "five folds", "--data", str(tmp_path / "data"))
+    assert code == 0, out + err
+    for words in (
+        "$ kaggle datasets create -p kaggle/weights",
+        f"{DATASET} version 1: ready, 5 files",
+        "$ kaggle kernels push -p kaggle/inference",
+        f"{KERNEL} version 1: pushed",
+        "complete",
+        "5 rows, as in test.csv",
+        f"$ kaggle competitions submit csiro-biomass -k {KERNEL} -v 1 -f submission.csv -m",
+        "public score 0.71",
+    ):
+        assert words in out, words
+    assert (
+        site.state()
+        == "csiro-biomass-weights version 1, 5 files, ready; csiro-biomass-inference version 1; 1 submission"
+    )
+    received = site.datasets[DATASET][0]["files"]
+    for name, data in received.items():
+        assert data == Path("kaggle/weights", name).read_bytes()
+    assert Path("runs/kaggle_output/biomass_lib/models.py").read_text() == "# as written\n"
+    assert site.submissions[0]["request"]["kernelVersion"] == 1
+
+    for path in tmp_path.rglob("*"):  # nothing wrote the credentials anywhere
+        assert not path.is_file() or not [canary for canary in CANARIES if canary.encode() in path.read_bytes()]
+
+
+def test_what_the_server_received_is_the_kernel(site, ask):
+    site.datasets[DATASET] = [{"files": {}, "notes": "", "polls": 9}]
+    assert ask("push")[0] == 0
+    sent = json.loads(Path("kaggle/inference/inference.ipynb").read_text(encoding="utf-8"))
+    arrived = json.loads(site.kernel_source(KERNEL))
+    assert [cell["source"] for cell in arrived["cells"]] == ["".join(cell["source"]) for cell in sent["cells"]]
+    assert arrived["metadata"]["kernelspec"]["name"] == "python3"
+    request = site.kernels[KERNEL][0]
+    assert (request["enableInternet"], request["isPrivate"], request["enableGpu"]) == (False, True, True)
+    assert request["machineShape"] == "NvidiaTeslaT4"
+    assert request["datasetDataSources"] == [DATASET]
+    assert request["competitionDataSources"] == ["csiro-biomass"]
+
+
+def test_second_upload_is_a_version(site, ask):
+    assert ask("upload")[0] == 0
+    code, out, _ = ask("upload", "-m", "more epochs")
+    assert code == 0
+    assert "kaggle datasets version -p kaggle/weights -m 'more epochs'" in out
+    assert [version["notes"] for version in site.datasets[DATASET]] == ["created", "more epochs"]
+
+
+def test_plain_commands_on_the_same_folders(site):
+    for args, words in (
+        (("datasets", "create", "-p", "kaggle/weights"), "is being created"),
+        (("datasets", "status", DATASET), "ready"),
+        (("kernels", "push", "-p", "kaggle/inference"), "Kernel version 1 successfully pushed"),
+        (("kernels", "status", KERNEL), "QUEUED"),
+        (
+            ("competitions", "submit", "csiro-biomass", "-k", KERNEL, "-v", "1", "-f", "submission.csv", "-m", "x"),
+            "Success",
+        ),
+    ):
+        ran = site.run(*args)
+        assert ran.returncode == 0 and words in ran.stdout, ran
+    assert site.state().endswith("csiro-biomass-inference version 1; 1 submission")
+
+
+# ---- faults
+
+SEEDED = "csiro-biomass-weights version 1, 5 files, ready"
+
+
+@dataclass
+class Case:
+    "A fault, what is asked for, and what must come of it."
+
+    name: str
+    argv: str
+    code: int
+    words: str  # that the last line must hold
+    left: str  # on the server
+    before: Callable[[KaggleSite], object] | str = ""  # brings the fault about; a name of FAULTS
+    kernel: bool = False  # one was pushed before
+    dataset: bool = True  # one was uploaded before
+    younger: dict[str, object] = field(default_factory=dict)  # what is otherwise with client 2.2.5
+
+
+@functools.cache
+def client_version() -> tuple[int, ...]:
+    "Of the installed client."
+    ran = subprocess.run([client.find_client(), "--version"], capture_output=True, text=True, timeout=60)
+    return tuple(int(part) for part in ran.stdout.split()[-1].split(".")[:3])
+
+
+def setting(**values) -> Callable[[KaggleSite], None]:
+    return lambda site: [setattr(site, name, value) for name, value in values.items()]
+
+
+def other_key(site: KaggleSite) -> None:
+    os.environ["KAGGLE_KEY"] = "another-canary"
+
+
+def other_token(site: KaggleSite) -> None:
+    os.environ["KAGGLE_API_TOKEN"] = "another-canary"
+
+
+def no_key(site: KaggleSite) -> None:
+    del os.environ["KAGGLE_KEY"]
+
+
+def grow_source(site: KaggleSite) -> None:
+    path = Path("biomass_lib/targets.py")
+    path.write_text(path.read_text(encoding="utf-8") + f"# {'x' * 900_000}\n", encoding="utf-8")
+    kernel.build_kernel(".")
+
+
+def put_internet_on(site: KaggleSite) -> None:
+    path = Path("kaggle/inference/kernel-metadata.json")
+    path.write_text(path.read_text().replace('"enable_internet": false', '"enable_internet": true'))
+
+
+def damage_weights(site: KaggleSite) -> None:
+    path = Path("kaggle/weights/tiny_fold1.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def leave_old_weights(site: KaggleSite) -> None:
+    Path("kaggle/weights/older_fold0.safetensors").write_bytes(b"old")
+
+
+def forget_owner(site: KaggleSite) -> None:
+    kernel.fill_user(".", "your-username")
+
+
+def ten_out_of(site: KaggleSite) -> None:
+    site.outputs = {"inference.log": b"x"}
+
+
+def valid_output(fault: str = "") -> Callable[[KaggleSite], None]:
+    def before(site: KaggleSite) -> None:
+        site.outputs = {"submission.csv": submission_csv(Path("data"))}
+        if fault:
+            site.arrange(fault)
+
+    return before
+
+
+def other_rows(site: KaggleSite) -> None:
+    valid_output()(site)
+    path = Path("data/test.csv")
+    path.write_text(path.read_text().replace("ID1", "ID2"))
+
+
+def seed_submission(end: str) -> Callable[[KaggleSite], None]:
+    def before(site: KaggleSite) -> None:
+        site.submission_end = end
+        site.submissions = [{"ref": 77, "description": "x", "polls": 0, "request": {}}]
+
+    return before
+
+
+def kernel_error(site: KaggleSite) -> None:
+    site.kernel_states, site.failure_message = ("RUNNING", "ERROR"), "Notebook Threw Exception"
+
+
+K1 = f"{SEEDED}; csiro-biomass-inference version 1"
+V2 = "csiro-biomass-weights version 2, 5 files, ready"
+SUBMIT = "submit -v 1 -m hello"
+CASES = [
+    # before the network
+    Case("kernel metadata wrong (internet on)", "push", 1, "enable_internet must be false", SEEDED, put_internet_on),
+    Case("no owner in the metadata", "upload", 1, "names no owner yet", SEEDED, forget_owner),
+    Case("source over the limit, found here", "push", 1, "bytes; 900,000 are allowed", SEEDED, grow_source),
+    Case("weights damaged on the disk", "upload", 1, "another sha256", SEEDED, damage_weights),
+    Case(
+        "old weights in the folder",
+        "upload",
+        1,
+        "older_fold0.safetensors, which would be uploaded",
+        SEEDED,
+        leave_old_weights,
+    ),
+    # credentials
+    Case("wrong key", "push", 1, "no credentials, or Kaggle does not take them", SEEDED, other_key),
+    Case("wrong token", "push", 1, "no credentials, or Kaggle does not take them", SEEDED, other_token),
+    Case("wrong key while waiting", "wait", 1, "credentials are not taken", K1, other_key, True),
+    Case("no credentials", "upload", 1, "no credentials, or Kaggle does not take them", SEEDED, no_key),
+    Case("server quotes the credentials", "push", 1, "Basic *** of tester:***", SEEDED, "credentials echoed"),
+    # dataset
+    Case(
+        "unknown dataset answered with 403",
+        "upload",
+        0,
+        "version 1: ready",
+        SEEDED,
+        setting(dataset_missing=403),
+        dataset=False,
+    ),
+    Case("dataset not ready for 2 polls", "upload", 0, "version 2: ready, 5 files", V2, setting(not_ready=2)),
+    Case("version before still called ready", "upload", 0, "version 2: ready", V2, setting(not_ready=2, stale=True)),
+    Case(
+        "dataset never ready",
+        "upload --limit 1",
+        1,
+        "still blobs_received, version 0 after 1 s",
+        "csiro-biomass-weights version 1, 5 files, not ready",
+        setting(not_ready=None),
+        dataset=False,
+    ),
+    Case(
+        "dataset status 500",
+        "upload",
+        1,
+        "500 Server Error: Internal Server Error. Left on Kaggle: nothing was sent",
+        SEEDED,
+        "dataset status broken",
+    ),
+    Case(
+        "upload of one file refused",
+        "upload",
+        1,
+        "is missing. Left on Kaggle: version 2 of tester/csiro-biomass-weights, NOT complete",
+        "csiro-biomass-weights version 2, 4 files, ready",
+        "upload refused",
+        younger={"words": "Upload unsuccessful: tiny_fold1.safetensors", "left": SEEDED},
+    ),
+    Case("upload cut (503), resumed", "upload", 0, "version 2: ready, 5 files", V2, "upload cut"),
+    Case("upload line lost, sent again", "upload", 0, "version 2: ready, 5 files", V2, "upload line lost"),
+    Case("429 with Retry-After on an upload", "upload", 0, "version 2: ready", V2, "upload start busy"),
+    Case("connection dropped while making a version", "upload", 0, "version 2: ready", V2, "version dropped"),
+    Case(
+        "connection dropped after making a version: made twice",
+        "upload",
+        0,
+        "version 3: ready, 5 files",
+        "csiro-biomass-weights version 3, 5 files, ready",
+        "version dropped after",
+    ),
+    Case("version refused in words, exit status 0", "upload", 1, "Version creation failed", SEEDED, "version refused"),
+    # push
+    Case("GPU quota, exit status 0", "push", 1, QUOTA[:-1], SEEDED, "quota"),
+    Case("409, title in use or changed", "push", 1, "409 Client Error: Conflict", SEEDED, "title taken"),
+    Case("429 on a push", "push", 1, "429 Client Error: Too Many Requests (wait some minutes)", SEEDED, "push busy"),
+    Case(
+        "source over the limit, found by the server",
+        "push",
+        1,
+        "400 Client Error: Bad Request",
+        SEEDED,
+        setting(source_limit=9),
+    ),
+    Case("rules not accepted, pushed without data", "push", 1, "['csiro-biomass']", K1, setting(rules_accepted=False)),
+    Case("dataset not there, pushed without it", "push", 1, f"['{DATASET}']", K1.split("; ")[1], dataset=False),
+    Case(
+        "connection dropped in a push",
+        "push",
+        1,
+        "dropped. Left on Kaggle: tester/csiro-biomass-inference with or without",
+        SEEDED,
+        "push dropped",
+    ),
+    Case("connection dropped after a push", "push", 1, "with or without a new version", K1, "push dropped after"),
+    Case(
+        "GPU quota, all steps asked for",
+        "all -m hello",
+        1,
+        f"all, done: upload: not pushed: Kernel push error: {QUOTA[:-1]}",
+        V2,
+        "quota",
+    ),
+    # run
+    Case("status 500 twice", "wait", 0, "the run is complete", K1, "kernel status 500", True),
+    Case(
+        "status 500 for ever",
+        "wait",
+        1,
+        "5 questions in a row without an answer",
+        K1,
+        "kernel status 500 for ever",
+        True,
+    ),
+    Case("connection dropped in a poll", "wait", 0, "the run is complete", K1, "kernel status dropped", True),
+    Case(
+        "status question never answered",
+        "wait --limit 2",
+        1,
+        "still unknown after 2 s",
+        K1,
+        "kernel status hangs",
+        True,
+    ),
+    Case(
+        "kernel ends in error", "wait", 1, "the run ended with error: Notebook Threw Exception", K1, kernel_error, True
+    ),
+    Case(
+        "kernel cancelled",
+        "wait",
+        1,
+        "ended with cancel_acknowledged",
+        K1,
+        setting(kernel_states=("CANCEL_ACKNOWLEDGED",)),
+        True,
+    ),
+    Case(
+        "kernel does not end", "wait --limit 1", 1, "still running after", K1, setting(kernel_states=("RUNNING",)), True
+    ),
+    # output
+    Case(
+        "output without submission.csv",
+        "output",
+        1,
+        "no submission.csv, only csiro-biomass-inference.log, inference.log",
+        K1,
+        ten_out_of,
+        True,
+    ),
+    Case(
+        "output file gone (404 page saved)",
+        "output",
+        1,
+        "not a whole table",
+        K1,
+        valid_output("output gone"),
+        True,
+        younger={"words": "not downloaded: 404 Client Error"},
+    ),
+    Case(
+        "output cut in the middle",
+        "output",
+        1,
+        "not downloaded: ",
+        K1,
+        valid_output("output cut"),
+        True,
+        younger={"code": 0, "words": "5 rows, not compared"},
+    ),
+    Case("output of other photographs", "output --data data", 1, "5 missing: ID2__", K1, other_rows, True),
+    # submission
+    Case("rules not accepted", SUBMIT, 1, "403 Client Error: Forbidden", K1, "rules", True),
+    Case("no submissions left today", SUBMIT, 1, "400 Client Error: Bad Request", K1, "no submissions left", True),
+    Case(
+        "connection dropped after a submission",
+        SUBMIT,
+        0,
+        "submission 5000",
+        f"{K1}; 1 submission",
+        "submit dropped after",
+        True,
+    ),
+    Case(
+        "submission ends in error",
+        "score",
+        1,
+        "ended with error, without a score",
+        f"{K1}; 1 submission",
+        seed_submission("ERROR"),
+        True,
+    ),
+]
+INTERRUPTED = "Ctrl-C in an upload, run again"
+ROWS: dict[str, tuple] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fault_table():
+    "Written when every fault has had its turn."
+    yield
+    if set(ROWS) == {case.name for case in CASES} | {INTERRUPTED}:
+        lines = [
+            "| fault | command | the last line the user sees | exit status | left on the server |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in ROWS.values()]
+        (ROOT / "runs").mkdir(exist_ok=True)
+        (ROOT / "runs" / "faults.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_fault(case, site, ask, monkeypatch):
+    if client_version() >= (2, 2, 5):
+        case = replace(case, **case.younger)
+    for name in ("KAGGLE_KEY", "KAGGLE_API_TOKEN"):  # monkeypatch puts back what a case changes
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        if not os.environ[name]:
+            monkeypatch.delenv(name)
+    if case.dataset:
+        files = {
+            path.name: path.read_bytes() for path in Path("kaggle/weights").iterdir() if "metadata" not in path.name
+        }
+        site.datasets[DATASET] = [{"files": files, "notes": "", "polls": 99}]
+    if case.kernel:
+        site.kernels[KERNEL] = [{"text": "{}", "polls": 0}]
+    site.arrange(case.before) if isinstance(case.before, str) and case.before else case.before and case.before(site)
+    tree = sorted(Path(".").rglob("*"))
+    code, out, err = ask(*case.argv.split())
+    last = (err if code else out).strip().splitlines()[-1]
+    assert (code, case.words in last, site.state()) == (case.code, True, case.left), out + err
+    if code:
+        assert len(err.splitlines()) == 1 and "Left on Kaggle: " in err and "To do: " in err
+        assert sorted(Path(".").rglob("*")) in (tree, sorted([*tree, Path("runs")]))  # nothing half-done here, either
+    if "nothing was sent" in last:
+        assert not {"StartBlobUpload", "SaveKernel", "CreateCodeSubmission"} & set(site.methods())
+    ROWS[case.name] = (case.name, f"biomass_kaggle {case.argv}", last, code, site.state())
+
+
+def test_every_arranged_fault_is_used():
+    used = {case.before for case in CASES if isinstance(case.before, str)}
+    assert set(FAULTS) - used == {"output gone", "output cut", "upload stalls"}
+
+
+def test_ctrl_c_in_an_upload_and_again(site, ask):
+    site.arrange("upload stalls")
+    code = "from biomass_lib.client import client_main; client_main(['upload'])"
+    env = site.environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, start_new_session=True, **pipe) as process:
+        assert site.stalled.wait(60)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert len(err.strip().splitlines()) == 1 and "interrupted. Left on Kaggle: no dataset" in err
+    assert site.state() == "nothing"
+
+    before = len(site.requests)
+    assert ask("upload")[0] == 0
+    assert site.state() == SEEDED
+    ranges = [request["body"]["range"] for request in site.requests[before:] if request["method"] == "PUT"]
+    assert ranges[0].startswith("bytes */") and ranges[1].startswith("bytes ") and not any(ranges[2:])
+    for name, data in site.datasets[DATASET][0]["files"].items():
+        assert data == Path("kaggle/weights", name).read_bytes()
+    ROWS[INTERRUPTED] = (
+        INTERRUPTED,
+        "biomass_kaggle upload",
+        err.strip(),
+        1,
+        f"nothing; after the second run: {SEEDED}",
+    )
+
+
+def test_an_older_output_survives_a_failed_download(site, ask):
+    site.kernels[KERNEL] = [{"text": "{}", "polls": 0}]
+    valid_output()(site)
+    assert ask("output", "--data", "data")[0] == 0
+    good = Path("runs/kaggle_output/submission.csv").read_bytes()
+    site.arrange("output gone")
+    assert ask("output")[0] == 1
+    assert Path("runs/kaggle_output/submission.csv").read_bytes() == good
+    assert [path.name for path in Path("runs").iterdir()] == ["kaggle_output"]
+
+
+def test_ctrl_c_while_waiting(site, ask, monkeypatch):
+    site.kernels[KERNEL] = [{"text": "{}", "polls": 0}]
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client.time, "sleep", interrupt)
+    code, _, err = ask("wait")
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert f"interrupted. Left on Kaggle: the run of {KERNEL}, which may go on. To do: biomass_kaggle wait" in err
+
+
+def test_ctrl_c_in_a_download(site, ask, monkeypatch):
+    def interrupt(*args: str, **options) -> None:
+        folder = Path(args[args.index("-p") + 1])
+        folder.mkdir(parents=True)
+        (folder / "submission.csv").write_text("sample_id,tar")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client, "run_kaggle", interrupt)
+    code, _, err = ask("output")
+    assert code == 1 and "interrupted. Left on Kaggle: the output of" in err
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_the_servers_reason_is_hidden_by_the_client(site):
+    "Why the fault table speaks of numbers: if this fails, the client has learned to tell, and `reason` can be simpler."
+    site.arrange("rules")
+    ran = site.run(
+        "competitions", "submit", "csiro-biomass", "-k", KERNEL, "-v", "1", "-f", "submission.csv", "-m", "x"
+    )
+    assert ran.returncode == 1
+    assert RULES not in ran.stdout + ran.stderr
