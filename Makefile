@@ -6,7 +6,7 @@ DEMO := data/demo
 RUN := runs/demo
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: install demo rehearsal test variants bench check readme kernel clean
+.PHONY: install demo rehearsal test variants tta bench check readme kernel clean
 
 install: $(READY)
 
@@ -47,6 +47,11 @@ variants: $(READY)
 	    -p data_dir $(DEMO) -p settings notebooks/params/demo.yaml -p runs_dir runs/variants
 	@cat runs/variants/variants.csv runs/variants/maps.csv
 
+# what views, weights of the models, the projection and half precision change, on out-of-fold predictions; of any run: make tta RUN=runs/NAME
+tta: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/papermill --no-progress-bar --log-level ERROR notebooks/tta.ipynb $(RUN)/tta.ipynb -p run_dir $(RUN)
+	@cat $(RUN)/tta.csv
+
 # what is quoted in the README; nothing else should run meanwhile
 bench: $(READY)
 	mkdir -p runs/bench
@@ -54,6 +59,8 @@ bench: $(READY)
 	    -f notebooks/params/bench_loading.yaml
 	$(BIN)/papermill --no-progress-bar --log-level ERROR notebooks/bench_training.ipynb runs/bench/bench_training.ipynb \
 	    -f notebooks/params/bench_training.yaml
+	$(BIN)/papermill --no-progress-bar --log-level ERROR notebooks/bench_predict.ipynb runs/bench/bench_predict.ipynb \
+	    -f notebooks/params/bench_predict.yaml
 	@head -50 runs/bench/*.csv
 
 # everything that is built is built again elsewhere and compared, so that nothing of yours is overwritten
