@@ -156,6 +156,7 @@ def test_a_mistake_ends_the_process_without_a_traceback(tmp_path: Path):
     assert "train.csv is missing" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_leave_one_whole_file(demo: Path, tmp_path: Path):
     arguments = [*COMMAND, str(demo), *TINY, "--ridge"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

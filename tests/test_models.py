@@ -77,19 +77,21 @@ def test_learns_all_of_itself_and_comes_back(name: str, backbone: str, tmp_path:
     model = create_model(name.split(",")[0], **shape, **VARIANTS[name])
     torch.testing.assert_close(model.eval()(halves_B2CHW), torch.tensor([MEAN_G] * 6), atol=0.02, rtol=0)
     optimizer, reached = torch.optim.AdamW(model.parameters(), lr=3e-3), set()
-    for _ in range(40):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 80)
+    for _ in range(80):  # as many as the running statistics of batch norms need
         said = model.train().outputs(model.features(halves_B2CHW))
         loss = (said.pop("mass_5") - true_B5).square().mean() + sum(value.square().mean() for value in said.values())
         optimizer.zero_grad()
         loss.backward()
         reached |= {path for path, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         optimizer.step()
+        schedule.step()
     assert {path for path, _ in model.named_parameters()} == reached
     model.eval()
     with torch.inference_mode():
         mass_B5 = model(halves_B2CHW)
         error_g = (mass_B5 - true_B5).abs().mean()
-        assert error_g < 0.5 * (torch.tensor(MEAN_G) - true_B5).abs().mean() and (mass_B5 >= 0).all()
+        assert error_g < 0.2 * (torch.tensor(MEAN_G) - true_B5).abs().mean() and (mass_B5 >= 0).all()
         save_weights(model, tmp_path / "weights.safetensors")
         assert torch.equal(load_model(tmp_path / "weights.safetensors")(halves_B2CHW), mass_B5)
     if model.spec["targets"] in ("components", "ratios"):
@@ -137,7 +139,10 @@ def test_auxiliary_heads_know_the_training_data():
     assert model.spec["aux"]["state"] == ["Tas", "WA"] and set(model.aux.layers) == {"state", "height", "intervals"}
 
 
-@pytest.mark.parametrize("name", ["two_stream", "dinov2_tiled", "dense"])
+SLOW_TO_LEARN = [pytest.param(name, marks=pytest.mark.slow) for name in ("dinov2_tiled", "dense")]
+
+
+@pytest.mark.parametrize("name", ["two_stream", *SLOW_TO_LEARN])
 def test_learns_eight_photographs_by_heart(name: str, tmp_path: Path):
     render_dataset(tmp_path / "demo", n_train=8, n_test=1, seed=0)
     table = read_train(tmp_path / "demo")

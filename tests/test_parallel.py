@@ -44,7 +44,12 @@ def trained(home: Path, launcher: list[str], experiment: str, **changes) -> tupl
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"accumulate": 2, "ema_decay": 0.9}, {"augment": "none"}], ids=["plain", "accumulate", "stored"]
+    "changes",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"accumulate": 2, "ema_decay": 0.9}, id="accumulate"),
+        pytest.param({"augment": "none"}, id="stored", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_are_one_with_twice_the_batch(home: Path, changes: dict):
     name = "_".join(changes) or "plain"
@@ -137,6 +142,7 @@ def test_predictions_are_those_of_the_saved_weights(home: Path):
     np.testing.assert_allclose(oof.filter(like="_pred").to_numpy(), again_N5, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_one_is_done_before_the_other_has_begun(home: Path):
     config = fold_of(home, "late", stage2_epochs=1)
     with pytest.raises(ChildFailedError):

@@ -51,8 +51,8 @@ def test_untouched_repository_passes(repository: Path):
     ("name", "old", "new"),
     [
         ("biomass_lib/targets.py", "np.maximum(total - gdm, 0)", "np.maximum(total - gdm, 1)"),
-        ("kaggle/inference/inference.ipynb", "submission", "Submission"),
-        ("README.md", "make demo", "make Demo"),
+        pytest.param("kaggle/inference/inference.ipynb", "submission", "Submission", marks=pytest.mark.slow),
+        pytest.param("README.md", "make demo", "make Demo", marks=pytest.mark.slow),
     ],
 )
 def test_hand_edit_is_noticed_and_kept(repository: Path, name: str, old: str, new: str):

@@ -183,6 +183,7 @@ def test_paper(home: Path, tmp_path: Path):
     assert len(re.findall(rb"/Subtype\s*/Image", content)) >= FIGURES
 
 
+@pytest.mark.slow
 def test_run_without_its_data(copy: Path):
     before = pd.read_csv(copy / "runs/tiny/scores.csv", index_col=0)
     shutil.rmtree(copy / "demo")
@@ -215,6 +216,7 @@ def test_failed_report_leaves_no_old_one(copy: Path):
     assert status == 1 and "nowhere has no train.csv" in said
 
 
+@pytest.mark.slow
 def test_model_card_says_what_the_report_says(copy: Path):
     run = copy / "runs/tiny"
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))

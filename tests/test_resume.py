@@ -133,6 +133,7 @@ def test_killed_with_other_settings(home: Path, name: str):
         assert torn[file].replace(b"torn_", b"calm_") == calm[file], f"{file} differs"
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes_the_checkpoint(home: Path, whole: dict[str, bytes]):
     "The draft is half written when the process dies; the checkpoint before it is used, and the draft goes."
     program = """

@@ -40,10 +40,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+def heeds_interrupts() -> None:
+    "Tests that run in the background of a shell were started with SIGINT ignored, and so would their commands be."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def started(home: Path, name: str, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([BIN / name, *arguments], cwd=home, env=environment, **pipes)
+    return subprocess.Popen([BIN / name, *arguments], cwd=home, env=environment, preexec_fn=heeds_interrupts, **pipes)
 
 
 def command(home: Path, name: str, *arguments: str) -> tuple[int, str]:
@@ -122,6 +127,7 @@ def test_mistake_given_to_papermill_itself(home: Path, tmp_path: Path):
     assert not (home / "runs/mistake").exists()
 
 
+@pytest.mark.slow
 def test_broken_photograph_fails_its_folds_by_name(home: Path, run_dir: Path, tmp_path: Path):
     copy = tmp_path / "home"
     shutil.copytree(home, copy)
@@ -142,8 +148,11 @@ def test_interrupt_ends_the_kernels(home: Path):
     while not metrics.is_file() and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 130
+    try:
+        said, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
     assert not (home / "runs/ended/fold0/done.json").exists()
     size = metrics.stat().st_size
     time.sleep(1.5)
