@@ -159,6 +159,7 @@ train.main(sys.argv[1:])
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.slow
 def test_other_parameters_and_damage_are_refused(home: Path):
     process, checkpoint = begun(home, "changed", stage2_epochs=200), home / "runs/changed/fold0/last.ckpt"
     while not checkpoint.exists():

@@ -83,6 +83,7 @@ def test_done_folds_are_skipped(home: Path, run_dir: Path):
     assert {path: path.stat().st_mtime_ns for path in run_dir.glob("fold*/*")} == before
 
 
+@pytest.mark.slow
 def test_report_has_the_score(home: Path, run_dir: Path):
     status, said = command(home, "biomass_report", "runs/tiny")
     assert status == 0, said
