@@ -6,7 +6,7 @@ DEMO := data/demo
 RUN := runs/demo
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: install demo rehearsal test variants tta bench check readme kernel clean
+.PHONY: install demo rehearsal test variants tta versions bench check readme kernel clean
 
 install: $(READY)
 
@@ -51,6 +51,12 @@ variants: $(READY)
 tta: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/papermill --no-progress-bar --log-level ERROR notebooks/tta.ipynb $(RUN)/tta.ipynb -p run_dir $(RUN)
 	@cat $(RUN)/tta.csv
+
+# the built kernel in an environment of older versions, 6 GB of downloads, against the library in this one
+versions: $(READY)
+	test -x .venv-older/bin/python || $(PYTHON) -m venv .venv-older
+	.venv-older/bin/pip install --quiet --requirement tests/older.txt
+	BIOMASS_OLDER=.venv-older/bin/python $(BIN)/python -m pytest -q -s tests/test_kernel.py -k older_versions
 
 # what is quoted in the README; nothing else should run meanwhile
 bench: $(READY)

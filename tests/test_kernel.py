@@ -50,19 +50,20 @@ nbformat.write(notebook, sys.argv[2])
 def write_run(
     run_dir: Path,  # to be made
     n_folds: int = 2,  # models
+    backbones: tuple[str, ...] = ("test_resnet",),  # taken in turn
 ) -> None:
-    "A run folder as training leaves it, with random networks of a few thousand weights."
+    "A run folder as training leaves it, with random networks, small unless told otherwise."
     run_dir.mkdir(parents=True)
     ids = [f"ID{k}" for k in range(2 * n_folds)]
     folds = pd.DataFrame({"image_id": ids, "Sampling_Date": "2015-09-04", "fold": np.arange(len(ids)) % n_folds})
     folds.to_csv(run_dir / "folds.csv", index=False)
-    (run_dir / "params.yaml").write_text("experiment: tiny\nbackbone: test_resnet\nimg_size: 96\n")
+    (run_dir / "params.yaml").write_text("experiment: tiny\nimg_size: 96\n")
     for fold in range(n_folds):
         torch.manual_seed(fold)
         clean = "both" if fold else "none"  # the kernel has to do to each model's photographs what training did
         name = ("two_stream", "dinov2_tiled", "dense")[fold % 3]  # an ensemble may mix them
-        shape = {"backbone": "test_resnet", "img_size": 96, "mean_g": (26.6, 12.0, 6.7, 33.3, 45.3), "clean": clean}
-        model = create_model(name, **shape)
+        backbone = backbones[fold % len(backbones)]
+        model = create_model(name, backbone=backbone, img_size=96, mean_g=(26.6, 12.0, 6.7, 33.3, 45.3), clean=clean)
         for layers in model.heads.layers:
             torch.nn.init.normal_(layers[-1].weight, std=2.0)  # zero at the start: every answer would be the mean
         fold_dir = run_dir / f"fold{fold}"
@@ -234,6 +235,25 @@ def test_rehearsal_with_a_hidden_test_set(received, hidden_test_set, bare_python
         alone_N5 = predict_masses(networks, [paths[k]], views=tuple(manifest["views"]), device="cpu")
         np.testing.assert_allclose(answers[k], alone_N5[0], atol=2e-3)
     assert len({round(total, 3) for total in answers[asked, -1]}) == len(asked)
+
+
+@pytest.mark.skipif("BIOMASS_OLDER" not in os.environ, reason="make versions: needs an environment of 6 GB")
+def test_older_versions_give_the_same_submission(stage, tmp_path):
+    python = Path(os.environ["BIOMASS_OLDER"]).absolute()
+    write_run(tmp_path / "runs" / "mixed", 3, ("resnet18", "vit_small_patch14_dinov2", "convnext_atto"))
+    kernel.assemble_weights(tmp_path / "runs" / "mixed", tmp_path / "weights")
+    write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 10)
+    inputs = mount(tmp_path / "input", "new", tmp_path / "data", tmp_path / "weights")
+    ran = rehearse(python, stage / "inference.ipynb", inputs, tmp_path / "working")
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    told = json.loads((tmp_path / "working.ipynb").read_text(encoding="utf-8"))["cells"]
+    print(next(output["text"] for cell in told for output in cell.get("outputs", ()) if "torch " in str(output)))
+
+    make_submission(*find_inputs(inputs), tmp_path / "library.csv", devices=["cpu"])
+    ours, theirs = pd.read_csv(tmp_path / "library.csv"), pd.read_csv(tmp_path / "working" / "submission.csv")
+    print(f"largest difference: {(ours['target'] - theirs['target']).abs().max():.2g} g")
+    pd.testing.assert_frame_equal(theirs, ours, check_exact=False, rtol=0, atol=1e-3)
+    assert theirs["target"].nunique() > 30  # of 50: the networks do look at the photographs
 
 
 def test_damaged_weights_stop_the_kernel(stage, bare_python, tmp_path):
