@@ -86,7 +86,7 @@ check: $(READY)
 readme:
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout \
 	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=remove notebooks/index.ipynb | \
-	    sed -E 's#\]\((images/|[0-9]{2}_)#](notebooks/\1#g; s#\]\(\.\./#](#g' > README.md.new
+	    sed -E 's#\]\((images/|[a-z0-9_]+[.]ipynb)#](notebooks/\1#g; s#\]\(\.\./#](#g' > README.md.new
 	mv README.md.new README.md
 
 kernel: $(READY)

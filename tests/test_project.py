@@ -1,6 +1,7 @@
 "`make check` must notice every hand edit of something that is built."
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,3 +67,9 @@ def test_hand_edit_is_noticed_and_kept(repository: Path, name: str, old: str, ne
     assert "out of step with the notebooks" in result.stdout
     assert path.name in result.stdout
     assert path.read_text(encoding="utf-8") == edited
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 30
+    assert [link for link in links if not (ROOT / link).is_file()] == []
