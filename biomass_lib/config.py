@@ -132,7 +132,10 @@ def check_config(
         "exclude": (all(isinstance(i, str) for i in config.exclude), "image ids: quote those that are only digits"),
         "clean": (config.clean in ("none", "inpaint", "crop", "both"), "none, inpaint, crop or both"),
         "cache_gb": (config.cache_gb > 0, "above 0 (an empty cache_dir switches the cache off)"),
-        "mix": (0 <= config.mix <= 1, "from 0 to 1"),
+        "mix": (
+            0 <= config.mix <= 1 and not (config.mix and config.aux and config.aux_weight),
+            "from 0 to 1, and 0 with aux: halves of two photographs have two heights, species and States",
+        ),
         "seed": (config.seed >= 0, "0 or more"),
         "workers": (config.workers >= 0, "0 or more"),
         "experiment": (
@@ -152,7 +155,10 @@ def check_config(
         "grad_clip": (config.grad_clip >= 0, "0 (off) or more"),
         "loss_beta_g": (config.loss_beta_g > 0, "above 0"),
         "loss": (config.loss in ("huber", "mse"), "huber or mse"),
-        "loss_over": (config.loss_over in ("primary", "all"), "primary or all"),
+        "loss_over": (
+            config.loss_over == "all" or (config.loss_over == "primary" and config.targets != "five"),
+            "primary or all; all where targets = five, or two of the five masses would never be learned",
+        ),
         "unfreeze": (
             config.unfreeze in ("all", "gradual") or config.unfreeze.removeprefix("last").isdecimal(),
             "all, gradual, or last and a number of layers, such as last4",
@@ -166,8 +172,9 @@ def check_config(
         "early_stopping_patience": (config.early_stopping_patience >= 0, "0 (off) or more"),
         "ema_decay": (0 <= config.ema_decay < 1, "from 0 (off) to below 1"),
         "swa_epochs": (
-            0 <= config.swa_epochs <= config.stage2_epochs and not (config.swa_epochs and config.ema_decay),
-            "from 0 (off) to stage2_epochs, and 0 with ema_decay",
+            0 <= config.swa_epochs <= config.stage2_epochs
+            and not (config.swa_epochs and (config.ema_decay or config.early_stopping_patience)),
+            "from 0 (off) to stage2_epochs, and 0 with ema_decay, or with early_stopping_patience: it may stop before",
         ),
         "checkpoint_steps": (config.checkpoint_steps >= 0, "0 (off) or more"),
         "nonfinite": (config.nonfinite in ("stop", "skip"), "stop or skip"),

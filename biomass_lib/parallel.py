@@ -45,7 +45,7 @@ def joined() -> Iterator[tuple[int, int]]:  # rank and number of processes
         raise ValueError(f"{here} processes for {gpus} GPU: start {gpus}, or hide the GPU with CUDA_VISIBLE_DEVICES=''")
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpus else "gloo")
+    dist.init_process_group("cuda:nccl,cpu:gloo" if gpus else "gloo")
     try:
         yield world()
     finally:

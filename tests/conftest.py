@@ -1,6 +1,10 @@
 "Tests marked slow run with --slow only: `make test SLOW=1`."
 
+import os
+
 import pytest
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bytes are compared, and two processes may have one GPU
 
 
 def pytest_addoption(parser: pytest.Parser):
