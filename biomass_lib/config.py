@@ -104,13 +104,17 @@ def check_types(
     config: Config,  # its fields are looked at, not changed, but for whole numbers given for decimals and lists
 ) -> None:
     "Raises ValueError for the first parameter of another type than its default's."
-    hints = {float: "; in YAML write decimals with a point, 1.0e-3", tuple: '; write -y "NAME: [ID1, ID2]"'}
+    hints = {
+        (str, float): "; in YAML write decimals with a point, 1.0e-3",
+        (str, tuple): '; write -y "NAME: [ID1, ID2]"',
+        (bool, str): '; YAML takes off, on, yes and no for True and False: put them in quotes, NAME: "off"',
+    }
     for field in dataclasses.fields(config):
         value, wanted = getattr(config, field.name), field.type
         if (type(value), wanted) in ((int, float), (list, tuple)):
             object.__setattr__(config, field.name, wanted(value))
         elif type(value) is not wanted:
-            hint = hints.get(wanted, "").replace("NAME", field.name) if isinstance(value, str) else ""
+            hint = hints.get((type(value), wanted), "").replace("NAME", field.name)
             raise ValueError(
                 f"parameter {field.name} must be {wanted.__name__}, not {type(value).__name__} {value!r}{hint}"
             )
@@ -198,6 +202,7 @@ SMOKE = {
     "stage1_lr": 1e-3,
     "stage2_epochs": 2,
     "stage2_lr": 1e-3,
+    "amp": "off",  # the same numbers on every processor
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -97,3 +98,13 @@ def test_checkpointing_is_refused_where_it_changes_the_training(settings, tmp_pa
     assert any(
         isinstance(module, nn.BatchNorm2d) for module in create_model("two_stream", backbone="test_resnet").modules()
     )
+
+
+def test_bfloat16_is_trained_with_and_repeats(settings, tmp_path):
+    config = dataclasses.replace(settings, backbone="test_resnet", amp="bf16", augment="none", runs_dir=str(tmp_path))
+    folds = [train.train_fold(dataclasses.replace(config, experiment=name)) for name in ("once", "twice")]
+    once, twice = ((fold / "metrics.csv").read_bytes() for fold in folds)
+    assert once == twice
+    whole = train.train_fold(dataclasses.replace(config, experiment="whole", amp="off"))
+    apart = pd.read_csv(folds[0] / "metrics.csv")["val/loss"] - pd.read_csv(whole / "metrics.csv")["val/loss"]
+    assert 0 < apart.abs().max() < 0.05
