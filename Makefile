@@ -37,7 +37,7 @@ rehearsal: $(READY)
 
 test: $(READY) check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(if $(SLOW),--slow)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(if $(SLOW),--slow)
 
 # all variants of the model on the demo data, about 25 minutes on two cores; folds that are done are not trained again
 variants: $(READY)
