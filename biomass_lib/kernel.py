@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOME_ONLY', 'LICENCES', 'MAX_FILES', 'LIMITS', 'USE', 'MODULES', 'ON_KAGGLE', 'KERNELSPEC', 'KERNEL_VALUES',
            'KERNEL_LISTS', 'KERNEL_KEYS', 'finished_folds', 'half_bytes', 'run_weights', 'projection_of',
-           'weights_gain', 'run_name', 'model_entry', 'run_params', 'weights_manifest', 'check_address',
+           'weights_gain', 'run_name', 'model_entry', 'run_params', 'mean_of', 'weights_manifest', 'check_address',
            'check_weights_metadata', 'check_weights_folder', 'copy_checked', 'write_beside', 'read_report',
            'markdown_table', 'yaml_block', 'card_half', 'card_models', 'card_scores', 'card_coverage', 'card_limits',
            'card_licence', 'model_card', 'half_change', 'fill_folder', 'check_assembled', 'assemble_weights',
@@ -133,7 +133,7 @@ def model_entry(
     fold: int,  # that is done
     weight: float,  # share in the mean of all models
     half: bool,  # whether the file will be in half precision
-) -> tuple[dict[str, Any], list[float]]:  # the manifest's lines, but for size and sha256; train_mean_g
+) -> tuple[dict[str, Any], dict[str, Any]]:  # the manifest's lines, but for size and sha256; the weights' JSON
     "The manifest's lines on one model. Raises FileNotFoundError for missing files, ValueError for those of another fold."
     path = run_dir / f"fold{fold}" / "weights.safetensors"
     for needed in (path, path.with_suffix(".json")):
@@ -149,7 +149,7 @@ def model_entry(
     name = run_name(run_dir)
     facts = {key: sidecar.get(key) for key in ("fold", "epoch", "score")}
     entry = {"file": f"{name}_fold{fold}.safetensors", "spec": sidecar["spec"], "run": name} | facts
-    return entry | {"weight": weight, "dtype": "float16" if half else "float32"}, sidecar["train_mean_g"]
+    return entry | {"weight": weight, "dtype": "float16" if half else "float32"}, sidecar
 
 # %% ../notebooks/27_kernel.ipynb #dc7dcedd
 def run_params(
@@ -165,6 +165,16 @@ def run_params(
     return shared, dict(zip(map(run_name, run_dirs), about, strict=True))
 
 # %% ../notebooks/27_kernel.ipynb #22f299e5
+def mean_of(
+    sidecars: list[dict[str, Any]],  # JSON of the weights
+    name: str,  # of numbers in it
+    weights: list[float],  # of the models
+) -> list | None:  # None: not all of them have it
+    "The weighted mean of what each model knows of its training photographs."
+    given = [sidecar.get(name) for sidecar in sidecars]
+    return None if None in given else np.average(given, axis=0, weights=weights).round(4).tolist()
+
+
 def weights_manifest(
     run_dirs: list[Path],  # runs/<experiment>, all folds done
     weights: list[float],  # one a run, above zero, sum 1
@@ -180,17 +190,18 @@ def weights_manifest(
     for run_dir, weight in zip(run_dirs, weights, strict=True):
         folds = finished_folds(run_dir)
         found += [model_entry(Path(run_dir), fold, weight / len(folds), half) for fold in folds]
-    entries, means_g = [entry for entry, _ in found], [mean_g for _, mean_g in found]
-    mean_5 = np.average(means_g, axis=0, weights=[entry["weight"] for entry in entries])
+    entries, sidecars = zip(*found, strict=True)
+    shares = [entry["weight"] for entry in entries]
     shared, runs = run_params(run_dirs, weights)
     return {
         "format": MANIFEST_FORMAT,
         "project": "biomass",
         "experiment": "+".join(names),
-        "models": entries,
+        "models": list(entries),
         "views": list(check_views(views)),
         "projection": projection,
-        "train_mean_g": [round(float(g), 4) for g in mean_5],
+        "train_mean_g": mean_of(sidecars, "train_mean_g", shares),
+        "train_quantiles_g": mean_of(sidecars, "train_quantiles_g", shares),
         "params": shared,
         "runs": runs,
     }

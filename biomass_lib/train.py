@@ -106,6 +106,10 @@ class Fold:
     def train_mean_5(self) -> np.ndarray:  # grams, order of TARGETS
         return self.train[list(TARGETS)].to_numpy().mean(axis=0)
 
+    @property
+    def train_quantiles_5Q(self) -> np.ndarray:  # grams, at 0, 5, ... 100 %: what predictions are held against by eye
+        return np.quantile(self.train[list(TARGETS)].to_numpy(), np.linspace(0, 1, 21), axis=0).T
+
 
 def prepare_fold(
     config: Config,
@@ -202,6 +206,7 @@ def start_fold(
                 path.unlink(missing_ok=True)
     wait_for_all()  # before anybody looks for a checkpoint
     meta = {"fold": config.fold, "train_mean_g": fold.train_mean_5.tolist(), "params": config.to_dict()}
+    meta["train_quantiles_g"] = fold.train_quantiles_5Q.round(2).tolist()
     return model, out_dir, meta
 
 
