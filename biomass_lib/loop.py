@@ -40,7 +40,7 @@ from .dataset import make_loader
 from .logs import RunLog, StepClock
 from .losses import AuxLoss, MassLoss
 from .models import MassModel, autocast_dtype, save_weights
-from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer, set_precision, steady_memory
+from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer, set_precision
 from biomass_lib.parallel import (
     gather_objects,
     gather_rows,
@@ -51,7 +51,7 @@ from biomass_lib.parallel import (
     world,
     wrap_ddp,
 )
-from .predict import pick_device
+from .predict import pick_device, steady_memory
 from .backbones import layer_numbers
 from .targets import r2_per_target, weighted_r2
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'DEFAULT_VIEWS', 'FLIPPED_AXES', 'BLOCK', 'check_views', 'apply_view', 'gpu_trouble', 'pick_device',
-           'pick_devices', 'input_of', 'load_inputs', 'PhotoBatch', 'stack_batch', 'photo_batches', 'answer_batch',
-           'Member', 'free_bytes', 'fits', 'DeviceModels', 'Ledger', 'Shared', 'Predicted', 'Sums', 'serve_device',
-           'predict_ensemble', 'rows_a_pass', 'serve_all', 'predict_masses']
+           'pick_devices', 'steady_memory', 'input_of', 'load_inputs', 'PhotoBatch', 'stack_batch', 'photo_batches',
+           'answer_batch', 'Member', 'free_bytes', 'fits', 'DeviceModels', 'Ledger', 'Shared', 'Predicted', 'Sums',
+           'serve_device', 'predict_ensemble', 'rows_a_pass', 'serve_all', 'predict_masses']
 
 # %% ../notebooks/15_predict.ipynb #c39eda5d
 import copy
+import ctypes
 import math
 import os
 import re
@@ -91,6 +92,17 @@ def pick_devices() -> list[torch.device]:  # at least one
         if trouble:
             print(f"{name} is there but does not work ({trouble}); going on with {working or 'the CPU'}")
     return working or [torch.device("cpu")]
+
+# %% ../notebooks/15_predict.ipynb #96f6e981
+def steady_memory() -> bool:  # whether anything was set: glibc only
+    "Let the C library keep large blocks for the next step."
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names and numbers of malloc.h
+    kept = mallopt(mmap_threshold, 2**30) or mallopt(mmap_max, 0)  # older ones take no threshold above 32 MB
+    return bool(kept and mallopt(trim_threshold, 2**31 - 1))
 
 # %% ../notebooks/15_predict.ipynb #3503fe07
 def input_of(
@@ -390,6 +402,8 @@ def predict_ensemble(
     if not members or not all(member.weight > 0 for member in members):
         raise ValueError(f"nothing to average: {len(members)} models; each must have a weight above zero")
     devices = pick_devices() if devices is None else [torch.device(device) for device in devices]
+    if torch.device("cpu") in devices:
+        steady_memory()
     keep = fits(members, devices) if keep is None else keep
     ledger = Ledger([m.weight for m in members], check_views(views), len(paths), len(devices), deadline, clock)
     sums = Sums(np.zeros((len(paths), len(TARGETS))), np.zeros(len(paths)))
@@ -413,8 +427,8 @@ def rows_a_pass(
     device: torch.device,
     batch_size: int,  # photographs at a time
 ) -> int:  # photographs and views a pass
-    "A GPU likes all views of a batch at once; a CPU's cache does not."
-    return batch_size * len(VIEWS) if device.type == "cuda" else batch_size
+    "A GPU likes all views of a batch at once; a CPU is as fast with few, and needs less memory."
+    return batch_size * len(VIEWS) if device.type == "cuda" else -(-batch_size // 2)
 
 
 def serve_all(
