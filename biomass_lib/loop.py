@@ -208,7 +208,7 @@ def train_step(
     for group in t.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     here, size = sum(len(batch["mass_5"]) for batch in batches), world()[1]
-    everywhere = float(reduce_sum(torch.tensor(float(here), device=t.device)))
+    everywhere = float(reduce_sum(torch.tensor(float(here))))  # on the CPU: a GPU need not be waited for
     sums_4 = torch.zeros(4, dtype=torch.float64, device=t.device)
     skips = t.config.nonfinite == "skip"  # then the running statistics of batch norms must not keep what is left out
     kept = [(buffer, buffer.clone()) for buffer in t.model.buffers() if skips and buffer.is_floating_point()]
