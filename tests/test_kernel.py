@@ -19,7 +19,7 @@ from kaggle_server import USER, kaggle_site
 
 from biomass_lib import kernel
 from biomass_lib.demo import render_dataset
-from biomass_lib.models import create_model, save_weights
+from biomass_lib.models import cpu_has_bf16, create_model, save_weights
 from biomass_lib.predict import predict_masses
 from biomass_lib.submit import find_inputs, load_ensemble, make_submission, read_manifest
 from biomass_lib.targets import TARGETS
@@ -252,7 +252,8 @@ def test_older_versions_give_the_same_submission(stage, tmp_path):
     make_submission(*find_inputs(inputs), tmp_path / "library.csv", devices=["cpu"])
     ours, theirs = pd.read_csv(tmp_path / "library.csv"), pd.read_csv(tmp_path / "working" / "submission.csv")
     print(f"largest difference: {(ours['target'] - theirs['target']).abs().max():.2g} g")
-    pd.testing.assert_frame_equal(theirs, ours, check_exact=False, rtol=0, atol=1e-3)
+    allowed_g = 0.2 if cpu_has_bf16() else 1e-3  # another torch rounds to bfloat16 at other places
+    pd.testing.assert_frame_equal(theirs, ours, check_exact=False, rtol=0, atol=allowed_g)
     assert theirs["target"].nunique() > 30  # of 50: the networks do look at the photographs
 
 
