@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -138,7 +139,7 @@ def rehearse(
 ) -> subprocess.CompletedProcess:
     "Execute the kernel in an empty folder without a network and with next to no environment."
     cwd.mkdir()
-    home = python.parents[2]
+    home = Path(tempfile.mkdtemp())  # a short path: sockets have names of a hundred letters at most
     env = {"PATH": "/usr/bin:/bin", "HOME": str(home), "BIOMASS_INPUT": str(inputs), "CUDA_VISIBLE_DEVICES": ""}
     env |= {
         "OMP_NUM_THREADS": "1",
@@ -148,7 +149,10 @@ def rehearse(
     }
     env |= {"PYTHONWARNINGS": "ignore"}
     command = ["unshare", "-rn", str(python), "-c", DRIVER, str(notebook), str(cwd.with_suffix(".ipynb"))]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    try:
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    finally:
+        shutil.rmtree(home)
 
 
 @pytest.mark.parametrize(("layout", "n_photographs"), [("new", 2), ("old", 2), ("new", 1)])

@@ -1,6 +1,7 @@
 "Trainings that go on after what is rare: another precision, a kill between two files, a layer that torch cannot do."
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -108,3 +109,19 @@ def test_bfloat16_is_trained_with_and_repeats(settings, tmp_path):
     whole = train.train_fold(dataclasses.replace(config, experiment="whole", amp="off"))
     apart = pd.read_csv(folds[0] / "metrics.csv")["val/loss"] - pd.read_csv(whole / "metrics.csv")["val/loss"]
     assert 0 < apart.abs().max() < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_training_is_the_same_training(settings, tmp_path):
+    "In both stages, from kept weights that know nothing of it; and the heads' own pooling reads a compiled map."
+    for changes in ({}, {"model": "dense"}):
+        config = dataclasses.replace(
+            settings, backbone="test_resnet", augment="none", runs_dir=str(tmp_path), **changes
+        )
+        plain = train.train_fold(dataclasses.replace(config, experiment=f"plain{len(changes)}"))
+        compiled = train.train_fold(dataclasses.replace(config, experiment=f"compiled{len(changes)}", compile=True))
+        losses = [pd.read_csv(folder / "metrics.csv")["val/loss"] for folder in (plain, compiled)]
+        assert (losses[0] - losses[1]).abs().max() < 1e-3
+        kept = [load_model(folder / "weights.safetensors").state_dict() for folder in (plain, compiled)]
+        assert kept[0].keys() == kept[1].keys()
