@@ -125,7 +125,7 @@ class Training:
     def best_file(self, epoch: int) -> Path:
         return self.out_dir / f"best{epoch}.safetensors"
 
-
+# %% ../notebooks/21_loop.ipynb #c9c626c9
 def thin_shortcut(
     model: nn.Module,
 ) -> bool:
@@ -133,7 +133,7 @@ def thin_shortcut(
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     return any(c.kernel_size == (1, 1) and max(c.stride) > 1 and c.in_channels < 16 for c in convolutions)
 
-
+# %% ../notebooks/21_loop.ipynb #580325e8
 def make_training(
     model: MassModel,  # from create_model
     config: Config,

@@ -23,7 +23,7 @@ from .backbones import token_map, whole_patches
 from .heads import AuxHeads, Film, Fusion, MassHeads, TokenPool
 from .targets import TARGETS
 
-# %% ../notebooks/13_models.ipynb #59e78f08
+# %% ../notebooks/13_models.ipynb #45170aef
 def follow(
     module: nn.Module,  # in part frozen
     above: bool,  # whether the part that it belongs to is trained
@@ -37,7 +37,7 @@ def follow(
     for child in module.children():
         follow(child, trained)
 
-
+# %% ../notebooks/13_models.ipynb #59e78f08
 class MassModel(nn.Module):
     "What all models share: a backbone that can be frozen, and the way from bytes to masses."
 
