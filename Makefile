@@ -6,7 +6,7 @@ DEMO := data/demo
 RUN := runs/demo
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: install demo rehearsal test variants tta versions bench check readme kernel clean
+.PHONY: install demo rehearsal test variants tta versions bench bench-gpu check readme kernel clean
 
 install: $(READY)
 
@@ -68,6 +68,13 @@ bench: $(READY)
 	$(BIN)/papermill --no-progress-bar --log-level ERROR notebooks/bench_predict.ipynb runs/bench/bench_predict.ipynb \
 	    -f notebooks/params/bench_predict.yaml
 	@head -50 runs/bench/*.csv
+
+# the same loop on a GPU with larger networks: float16, bfloat16, waiting for data, use of the card
+bench-gpu: $(READY)
+	mkdir -p runs/bench_gpu
+	$(BIN)/papermill --no-progress-bar --log-level ERROR notebooks/bench_training.ipynb runs/bench_gpu/bench_training.ipynb \
+	    -f notebooks/params/bench_training_gpu.yaml
+	@head -50 runs/bench_gpu/*.csv
 
 # everything that is built is built again elsewhere and compared, so that nothing of yours is overwritten
 check: $(READY)
