@@ -196,17 +196,17 @@ def received(stage, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hidden_test_set(stage, tmp_path_factory):
-    "840 small photographs that all differ, in nobody's order, one of them cut off in the middle."
+def hidden_test_set(request, stage, tmp_path_factory):
+    "Many small photographs that all differ, in nobody's order, one of them cut off in the middle."
     folder = tmp_path_factory.mktemp("hidden")
     (folder / "photographs").mkdir()
     pictures = [cv2.resize(cv2.imread(str(path)), (400, 200)) for path in sorted(stage.glob("demo/t*/*.jpg"))]
     rng = np.random.default_rng(0)
-    for k in range(840):
+    for k in range(request.param):
         left, top = rng.integers(0, (100, 50))
         part = cv2.convertScaleAbs(pictures[k % len(pictures)], alpha=rng.uniform(0.7, 1.2))
-        cv2.imwrite(str(folder / "photographs" / f"{k:03}.jpg"), part[top : top + 150, left : left + 300])
-    write_test_set(folder / "data", sorted(folder.glob("photographs/*.jpg")), 840)
+        cv2.imwrite(str(folder / "photographs" / f"{k:04}.jpg"), part[top : top + 150, left : left + 300])
+    write_test_set(folder / "data", sorted(folder.glob("photographs/*.jpg")), request.param)
     cut = sorted(folder.glob("data/test/*.jpg"))[77]
     half = cut.read_bytes()[: cut.stat().st_size // 2]
     cut.unlink()
@@ -214,13 +214,19 @@ def hidden_test_set(stage, tmp_path_factory):
     return folder / "data", cut
 
 
-@pytest.mark.parametrize("layout", ["new", pytest.param("old", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("layout", "hidden_test_set"),
+    [("new", 840), pytest.param("old", 2000, marks=pytest.mark.slow)],
+    indirect=["hidden_test_set"],
+)
 def test_rehearsal_with_a_hidden_test_set(received, hidden_test_set, bare_python, tmp_path, layout):
     data_dir, cut = hidden_test_set
     inputs = mount(tmp_path / "input", layout, data_dir, received / "weights")
     ran = rehearse(bare_python, received / "inference.ipynb", inputs, tmp_path / "working")
     assert ran.returncode == 0, ran.stderr[-4000:]
-    assert f"given the training mean: {cut.name}" in (tmp_path / "working.ipynb").read_text(encoding="utf-8")
+    told = (tmp_path / "working.ipynb").read_text(encoding="utf-8")
+    assert f"given the training mean: {cut.name}" in told
+    assert ' "no picture: ' not in told and told.count('"image/png"') == 2
 
     theirs = pd.read_csv(tmp_path / "working" / "submission.csv")
     assert theirs["sample_id"].tolist() == pd.read_csv(data_dir / "test.csv")["sample_id"].tolist()
@@ -239,6 +245,24 @@ def test_rehearsal_with_a_hidden_test_set(received, hidden_test_set, bare_python
         alone_N5 = predict_masses(networks, [paths[k]], views=tuple(manifest["views"]), device="cpu")
         np.testing.assert_allclose(answers[k], alone_N5[0], atol=2e-3)
     assert len({round(total, 3) for total in answers[asked, -1]}) == len(asked)
+
+
+def test_a_broken_photograph_may_be_on_the_contact_sheet(stage, bare_python, tmp_path):
+    write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 50)
+    photographs = sorted((tmp_path / "data" / "test").glob("*.jpg"))
+    make_submission(tmp_path / "data", stage / "weights", tmp_path / "whole.csv", devices=["cpu"])
+    whole = pd.read_csv(tmp_path / "whole.csv").set_index("sample_id")["target"]
+    total = whole[whole.index.str.endswith("Dry_Total_g")]
+    assert (total > 45.3).all() or (total < 45.3).all()  # so that the training mean is the first or the last of all
+    whole_file = photographs[7].read_bytes()
+    photographs[7].unlink()
+    photographs[7].write_bytes(whole_file[: len(whole_file) // 2])
+    inputs = mount(tmp_path / "input", "new", tmp_path / "data", stage / "weights")
+    ran = rehearse(bare_python, stage / "inference.ipynb", inputs, tmp_path / "working")
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    told = (tmp_path / "working.ipynb").read_text(encoding="utf-8")
+    assert f"given the training mean: {photographs[7].name}" in told
+    assert ' "no picture: ' not in told and told.count('"image/png"') == 2
 
 
 @pytest.mark.skipif("BIOMASS_OLDER" not in os.environ, reason="make versions: needs an environment of 6 GB")

@@ -1,5 +1,6 @@
 "`make check` must notice every hand edit of something that is built."
 
+import json
 import os
 import re
 import shutil
@@ -73,3 +74,10 @@ def test_readme_links_lead_somewhere():
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(links) > 30
     assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_outputs_name_no_place_on_a_machine():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            told = [output for output in cell.get("outputs", ()) if not str(output.get("data", "")).count("image/png")]
+            assert not re.search(r"/(tmp|root|home|work|Users)/", json.dumps(told)), f"{path.name}: {told}"
