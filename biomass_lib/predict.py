@@ -350,6 +350,12 @@ class Ledger:
                 self.said = now
                 print(f"{self.done} of {self.count} photographs, {now - self.begun:.0f} s")
 
+    def lose(self, device: int) -> None:
+        "A device has failed."
+        with self.lock:
+            self.devices -= 1
+            self.partly.pop(device, None)
+
 # %% ../notebooks/15_predict.ipynb #c51754fc
 class Shared:
     "An iterator that several threads take from, until one of them stops it; what one has given back goes to another."
@@ -449,6 +455,7 @@ def serve_device(
             sums.add(batch.rows, *answer_photos(place, batch, ledger, sums, size))
         except RuntimeError:
             batches.returned.append(batch)
+            ledger.lose(place.at)
             raise
         sums.check()
         ledger.finish(len(batch.rows) + len(batch.broken), waited, place.at)
