@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .heads import MEASURED, NAMED
+from .heads import MEASURED, NAMED, labels_of
 from .targets import PRIMARY, TARGETS, WEIGHTS
 
 # %% ../notebooks/14_losses.ipynb #a5d1b762
@@ -71,21 +71,24 @@ class AuxLoss(nn.Module):
         super().__init__()
         self.known = {name: known for name, known in spec.items()}
         for name, known in spec.items():
+            labels = labels_of(table, name)
             if name in MEASURED:
                 mean, spread = known
-                true_N = (torch.tensor(table[MEASURED[name]].to_numpy(), dtype=torch.float32) - mean) / spread
+                true_N = (torch.tensor(labels.to_numpy(), dtype=torch.float32) - mean) / spread
             elif name in NAMED:
-                strangers = sorted(set(table[NAMED[name]]) - set(known))
+                strangers = sorted(set(labels.dropna()) - set(known))
                 if strangers:
                     raise ValueError(
                         f"aux = {name}: {strangers[0]} is not among those the heads know: {', '.join(known)}"
                     )
-                true_N = torch.tensor([known.index(value) for value in table[NAMED[name]]])
-            else:
-                true_N = torch.bucketize(
-                    torch.tensor(table["Dry_Total_g"].to_numpy()), torch.tensor(known, dtype=torch.float64)
+                true_N = torch.tensor(
+                    labels.map({label: at for at, label in enumerate(known)}).to_numpy(dtype=np.float32)
                 )
-            self.register_buffer(f"true_{name}", true_N)
+            else:
+                total_N = torch.tensor(labels.to_numpy())
+                true_N = torch.bucketize(total_N, torch.tensor(known, dtype=torch.float64)).float()
+                true_N = true_N.where(total_N.isfinite(), torch.nan)
+            self.register_buffer(f"true_{name}", true_N)  # float32; NaN: not known
 
     def forward(
         self,
@@ -96,8 +99,10 @@ class AuxLoss(nn.Module):
         losses = []
         for name in self.known:
             true_B, found = getattr(self, f"true_{name}")[index_B], said[name].float()
+            known_B, true_B = true_B.isfinite(), true_B.nan_to_num()
             if name in MEASURED:
-                losses.append(F.smooth_l1_loss(found[:, 0], true_B))
+                off_B = F.smooth_l1_loss(found[:, 0], true_B, reduction="none")
             else:
-                losses.append(F.cross_entropy(found, true_B) / np.log(max(2, found.shape[1])))
+                off_B = F.cross_entropy(found, true_B.long(), reduction="none") / np.log(max(2, found.shape[1]))
+            losses.append((off_B * known_B).sum() / known_B.sum().clamp(min=1))
         return torch.stack(losses).mean()
