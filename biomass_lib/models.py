@@ -49,7 +49,6 @@ class MassModel(nn.Module):
         self.backbone, self.patch = backbone, patch_size(backbone)
         self.register_buffer("pixel_mean", 255 * torch.tensor(backbone.pretrained_cfg["mean"]).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", 255 * torch.tensor(backbone.pretrained_cfg["std"]).view(1, 3, 1, 1))
-        self.layers: int | None = None  # of the backbone that are trained, from its end; None: all
         self.layout = torch.preserve_format  # of the pictures in memory
 
     def freeze_backbone(self, frozen: bool = True) -> None:
@@ -57,20 +56,27 @@ class MassModel(nn.Module):
         self.thaw(0 if frozen else None)
 
     def thaw(self, layers: int | None = None) -> None:
-        "Train so many layers of the backbone, from its end, and freeze the others. None: all; 0: none."
+        """Train so many layers of the backbone, from its end, and freeze the others. None: all; 0: none.
+
+        Raises ValueError when there are low-rank changes and none of them lies in these layers."""
         numbers = layer_numbers(self.backbone) if layers else {}
         first = max(numbers.values(), default=0) + 1 - (layers or 0)
         named = dict(self.backbone.named_parameters())
-        lora = any(".lora_" in name for name in named)  # then nothing else of the backbone is trained
+        wanted = {name for name in named if layers is None or (layers > 0 and numbers[name] >= first)}
+        if any(".lora_" in name for name in named):  # then nothing else of the backbone is trained
+            wanted = {name for name in wanted if ".lora_" in name}
+        if layers != 0 and not wanted:
+            raise ValueError(
+                f"lora_rank: the last {layers} layers of the backbone hold no low-rank changes, so that nothing of it would be "
+                "trained; set unfreeze to all or to more layers, or lora_rank to 0"
+            )
         for name, parameter in named.items():
-            wanted = layers is None or (layers > 0 and numbers[name] >= first)
-            parameter.requires_grad_(wanted and (".lora_" in name or not lora))
-        self.layers = layers
+            parameter.requires_grad_(name in wanted)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "MassModel":
         super().train(mode)
-        if self.layers is not None:
+        if not all(parameter.requires_grad for parameter in self.backbone.parameters()):
             follow(self.backbone, False)
         return self
 
@@ -143,7 +149,7 @@ class TilePool(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.film = Film(width, width) if film == "cross" else None
         self.layer = nn.Sequential(nn.Linear(width, width), nn.GELU())
-        self.score = nn.Linear(width, 1)
+        self.score = nn.Linear(width, 1, bias=False)  # what is added to all tiles, a softmax does not see
 
     def forward(self, tiles_B2TD: torch.Tensor) -> torch.Tensor:  # vector_B2D
         tiles_B2TD = self.norm(tiles_B2TD)
@@ -168,6 +174,10 @@ class Tiled(MassModel):
         **heads: Any,  # as for MassHeads
     ):
         super().__init__(backbone)
+        if fuse not in ("concat", "mean"):
+            raise ValueError(
+                f"fuse = {fuse!r}: dinov2_tiled takes concat or mean; cross looks at maps of tokens and belongs to two_stream"
+            )
         self.grid = grid
         width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         self.pool, self.fusion = TilePool(width, film), Fusion(width, fuse)
@@ -247,6 +257,10 @@ def own_options(
     if name not in OWN_OPTIONS:
         raise ValueError(f"model {name!r} is unknown; there are {', '.join(OWN_OPTIONS)}")
     known = {option: default for options in OWN_OPTIONS.values() for option, default in options.items()}
+    strangers = sorted(given.keys() - known.keys())
+    if strangers:
+        own = ", ".join(OWN_OPTIONS[name]) or "none"
+        raise ValueError(f"option {strangers[0]} is unknown; the options of {name} are {own}")
     for option, value in given.items():
         if option not in OWN_OPTIONS[name] and value != known[option]:
             users = ", ".join(model for model, options in OWN_OPTIONS.items() if option in options)

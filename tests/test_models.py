@@ -6,7 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
+from biomass_lib import backbones
+from biomass_lib.backbones import create_backbone, drop_head, layer_numbers
 from biomass_lib.config import Config, config_from_yaml, smoke_config
 from biomass_lib.dataset import HalvesDataset, make_loader
 from biomass_lib.demo import render_dataset
@@ -60,6 +63,16 @@ FAMILIES = [
 ]
 
 
+def without_gradient(slopes: dict[str, float]) -> list[str]:
+    "Parameters whose largest gradient is nothing but the rounding errors of one that cancels out, or not finite."
+    return [name for name, slope in slopes.items() if not 1e-7 * max(slopes.values()) < slope < torch.inf]
+
+
+def weighted(mass_B5: torch.Tensor) -> torch.Tensor:
+    "A loss that does not cancel behind a norm, as a sum does."
+    return (mass_B5 * torch.randn(mass_B5.shape, generator=torch.Generator().manual_seed(0))).sum()
+
+
 def brightness(count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     "A toy problem: all masses follow from how bright the picture is."
     bright_B = torch.linspace(40, 220, count)
@@ -76,17 +89,18 @@ def test_learns_all_of_itself_and_comes_back(name: str, backbone: str, tmp_path:
     shape = {"backbone": backbone, "img_size": 64, "mean_g": MEAN_G, "dropout": 0.0}
     model = create_model(name.split(",")[0], **shape, **VARIANTS[name])
     torch.testing.assert_close(model.eval()(halves_B2CHW), torch.tensor([MEAN_G] * 6), atol=0.02, rtol=0)
-    optimizer, reached = torch.optim.AdamW(model.parameters(), lr=3e-3), set()
+    optimizer, slopes = torch.optim.AdamW(model.parameters(), lr=3e-3), {}
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 80)
     for _ in range(80):  # as many as the running statistics of batch norms need
         said = model.train().outputs(model.features(halves_B2CHW))
         loss = (said.pop("mass_5") - true_B5).square().mean() + sum(value.square().mean() for value in said.values())
         optimizer.zero_grad()
         loss.backward()
-        reached |= {path for path, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        for path, p in model.named_parameters():
+            slopes[path] = max(slopes.get(path, 0.0), 0.0 if p.grad is None else p.grad.abs().max().item())
         optimizer.step()
         schedule.step()
-    assert {path for path, _ in model.named_parameters()} == reached
+    assert without_gradient(slopes) == []
     model.eval()
     with torch.inference_mode():
         mass_B5 = model(halves_B2CHW)
@@ -102,7 +116,9 @@ def test_learns_all_of_itself_and_comes_back(name: str, backbone: str, tmp_path:
 
 @pytest.mark.parametrize("backbone", FAMILIES)
 def test_families_of_backbones(backbone: str):
-    "Forward and backward at 96 pixels, which patches of 14 do not divide, pooled, as tiles of 48, and as a map."
+    """Forward and backward at 96 pixels, which patches of 14 do not divide, pooled, as tiles of 48, and as a map.
+
+    Within a backbone gradients may be zero, since layer scales and last norms of blocks may begin there."""
     halves_B2CHW = torch.randint(0, 256, (2, 2, 3, 96, 96), dtype=torch.uint8)
     for name, options in (("two_stream", {}), ("dinov2_tiled", {}), ("dense", {"targets": "components"})):
         torch.manual_seed(0)
@@ -111,8 +127,85 @@ def test_families_of_backbones(backbone: str):
             torch.nn.init.normal_(layers[-1].weight)
         mass_B5 = model(halves_B2CHW)
         assert mass_B5.shape == (2, 5) and torch.isfinite(mass_B5).all() and (mass_B5 >= 0).all()
-        mass_B5.sum().backward()
-        assert [path for path, p in model.named_parameters() if p.grad is None] == []
+        weighted(mass_B5).backward()
+        slopes = {path: p.grad.abs().max().item() for path, p in model.named_parameters()}  # None would end it here
+        assert all(slope < torch.inf and (slope > 0 or path.startswith("backbone.")) for path, slope in slopes.items())
+        assert slopes["backbone." + next(path for path, p in model.backbone.named_parameters() if p.ndim == 4)] > 0
+
+
+@pytest.mark.parametrize("backbone", ["beit_base_patch16_224", "cait_xxs24_224", "vit_small_patch14_dinov2"])
+@pytest.mark.parametrize("name", ["two_stream", "dense"])
+def test_sizes_that_a_patch_does_not_divide(backbone: str, name: str):
+    with torch.device("meta"):
+        assert create_model(name, backbone=backbone, img_size=100)(torch.zeros(1, 2, 3, 100, 100)).shape == (1, 5)
+
+
+def test_sizes_that_windows_do_not_tile_are_refused_by_name():
+    said = "backbone maxvit_tiny_rw_224 cannot take pictures of 100 px; the nearest side that it can is 96 px: set img_size"
+    with pytest.raises(ValueError, match=said):
+        create_model("two_stream", backbone="maxvit_tiny_rw_224", img_size=100)
+
+
+def test_heads_that_lie_in_each_other_are_dropped(monkeypatch: pytest.MonkeyPatch):
+    "Nine of them: had the order been that of a set, one would come before what it lies in, whatever the hash seed."
+
+    class Pool(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.mlp = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+        def forward(self, features_ND: torch.Tensor) -> torch.Tensor:
+            return self.mlp(super().forward(features_ND))
+
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.pools = nn.Linear(4, 4), nn.ModuleDict({f"pool{i}": Pool() for i in range(9)})
+
+        def forward_features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+            return self.stem(pixels_NCHW.mean(dim=(1, 2))[:, :4])
+
+        def forward_head(self, features_ND: torch.Tensor, pre_logits: bool) -> torch.Tensor:
+            return sum(pool(features_ND) for pool in self.pools.values())
+
+    monkeypatch.setattr(backbones, "outline", lambda name, **options: Toy())
+    monkeypatch.setattr(backbones, "size_options", lambda name, img_size: {})
+    toy = Toy()
+    drop_head(toy, "toy", 8)
+    assert [path for path, _ in toy.named_parameters()] == ["stem.weight", "stem.bias"]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_convnext"])
+def test_the_last_layers_are_thawed_and_no_others(backbone: str, layers: int):
+    "Told by names, so that the numbers of layers are tested, too."
+    last = {
+        "test_resnet": ["layer4.0.", "layer3.0.", "layer2.0."],
+        "test_vit": ["blocks.5.", "blocks.4.", "blocks.3."],
+        "test_convnext": ["stages.3.blocks.1.", ("stages.3.downsample.", "stages.3.blocks.0."), "stages.2.blocks.3."],
+    }[backbone][:layers]
+    torch.manual_seed(0)
+    model = create_model("two_stream", backbone=backbone, img_size=64, mean_g=MEAN_G)
+    for heads in model.heads.layers:
+        torch.nn.init.normal_(heads[-1].weight)
+    model.thaw(layers)
+    weighted(model.train()(brightness(4, 64)[0])).backward()
+    names = [name for name, _ in model.backbone.named_parameters()]
+    assert {name for name, p in model.backbone.named_parameters() if p.grad is not None} == {
+        name for name in names if any(name.startswith(part) for part in (*last, "norm.", "head."))
+    }
+
+
+@pytest.mark.parametrize(
+    "backbone", ["convnext_atto", "eva02_tiny_patch14_224", "densenet121", "mobilenetv3_small_050"]
+)
+def test_a_norm_or_a_head_is_no_layer_of_its_own(backbone: str):
+    with torch.device("meta"):
+        network = create_backbone(backbone, 56)
+    numbers = layer_numbers(network)
+    last = [name for name, number in numbers.items() if number == max(numbers.values())]
+    assert sum(p.ndim > 1 for name, p in network.named_parameters() if name in last) > 1
+    assert set(numbers.values()) == set(range(max(numbers.values()) + 1))
 
 
 @pytest.mark.parametrize(
@@ -160,17 +253,29 @@ def test_learns_eight_photographs_by_heart(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("backbone", ["test_vit", "test_convnext"])
 def test_checkpointing_changes_memory_and_nothing_else(backbone: str):
+    "What is kept for the backward pass is at most half as much, since each block is computed again."
     halves_B2CHW, true_B5 = brightness(2, 64)
-    gradients = []
+    gradients, kept_bytes = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = create_model("dense", backbone=backbone, img_size=64, mean_g=MEAN_G, dropout=0.0).train()
         for layers in model.heads.layers:
             torch.nn.init.normal_(layers[-1].weight)
         model.backbone.set_grad_checkpointing(checkpointing)
-        (model(halves_B2CHW) - true_B5).square().mean().backward()
+        own, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+        def keep(tensor: torch.Tensor, own: set = own, kept: dict = kept) -> torch.Tensor:
+            if tensor.data_ptr() not in own:
+                kept[tensor.data_ptr()] = tensor.untyped_storage()  # held, so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = (model(halves_B2CHW) - true_B5).square().mean()
+        kept_bytes.append(sum(storage.nbytes() for storage in {s.data_ptr(): s for s in kept.values()}.values()))
+        loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients)
+    assert kept_bytes[1] < 0.5 * kept_bytes[0]
 
 
 def test_low_rank_changes_are_trained_and_merged(tmp_path: Path):
@@ -191,3 +296,40 @@ def test_low_rank_changes_are_trained_and_merged(tmp_path: Path):
     with torch.inference_mode():
         found_B5, again_B5 = (m(halves_B2CHW) for m in (model.eval(), load_model(tmp_path / "weights.safetensors")))
     torch.testing.assert_close(again_B5, found_B5, atol=1e-3, rtol=1e-4)
+
+
+def test_batch_norms_between_low_rank_changes_are_frozen():
+    torch.manual_seed(0)
+    model = create_model("two_stream", backbone="maxvit_rmlp_pico_rw_256", img_size=64, mean_g=MEAN_G, lora_rank=2)
+    for layers in model.heads.layers:
+        torch.nn.init.normal_(layers[-1].weight)
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    for prepare in (lambda: None, lambda: model.thaw(None), lambda: model.thaw(1)):
+        prepare()
+        weighted(model.train()(brightness(2, 64)[0])).backward()
+        assert sum("running_mean" in name for name in before) > 10
+        assert [name for name, tensor in model.named_buffers() if not torch.equal(tensor, before[name])] == []
+    assert any(".lora_B" in name and p.grad.any() for name, p in model.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("backbone", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3_qkvb"])
+def test_low_rank_changes_that_nothing_reaches_are_left_out(backbone: str):
+    side = 28 if "14" in backbone else 32
+    with pytest.warns(UserWarning, match=f"lora_rank: 12 of 48 layers of {backbone} get no low-rank changes .qkv."):
+        model = create_model("two_stream", backbone=backbone, img_size=side, mean_g=MEAN_G, lora_rank=2)
+    for layers in model.heads.layers:
+        torch.nn.init.normal_(layers[-1].weight)
+    model.thaw(None)
+    weighted(model.train()(brightness(2, side)[0])).backward()
+    slopes = {name: p.grad for name, p in model.named_parameters() if ".lora_B" in name}
+    assert len(slopes) == 36 and all(slope is not None and slope.any() for slope in slopes.values())
+
+
+def test_a_stage_that_would_train_nothing_of_the_backbone_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backbones, "reached_by_lora", lambda name, paths: ["blocks.0.attn.qkv"])
+    with pytest.warns(UserWarning, match="get no low-rank changes"):
+        model = create_model("two_stream", backbone="test_vit", img_size=64, lora_rank=2)
+    model.thaw(None)
+    with pytest.raises(ValueError, match="lora_rank: the last 1 layers .* set unfreeze to all or to more layers"):
+        model.thaw(1)
+    assert any(p.requires_grad for p in model.backbone.parameters())  # as it was
