@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from biomass_lib.demo import render_dataset
 from biomass_lib.evaluate import ridge_oof
@@ -140,14 +142,28 @@ def test_another_photograph_under_the_same_name_is_seen(demo: Path, tmp_path: Pa
         (("--features", "no.npy", *FOLDS), "no.npy is missing"),
         ((*TINY, "--ridge", "--n-folds", "400"), "n_folds"),
         ((*TINY, "--out", "features.csv"), "must end in .npy"),
+        (("--backbone", "test_vit", "--backbone-weights", "resnet.safetensors", *FOLDS), "does not fit test_vit"),
+        (("--backbone", "levit_128", "--random", "--img-size", "100", *FOLDS), "the nearest side that it can is 96 px"),
+        ((*TINY, "--img-size", "8"), "must be at least 32 pixels"),
     ],
 )
 def test_mistakes_are_lines(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple, message: str
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=f"biomass_features: .*{re.escape(message)}"):
+    save_file(timm.create_model("test_resnet").state_dict(), "resnet.safetensors")
+    with pytest.raises(SystemExit, match=f"biomass_features: .*{re.escape(message)}") as ended:
         main([str(demo), *arguments])
+    assert "\n" not in ended.value.code  # a text: status 1
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_patches_that_do_not_divide_the_picture(demo: Path, dense: bool):
+    "DINOv2 has patches of 14 pixels."
+    table = read_train(demo).head(2)
+    options = {"img_size": 100, "pretrained": False, "dense": dense, "cache_dir": ""}
+    features = extract_features(table, demo, "vit_small_patch14_dinov2", **options)
+    assert features.shape == (2, 768 if dense else 384) and np.isfinite(features.to_numpy()).all()
 
 
 def test_a_mistake_ends_the_process_without_a_traceback(tmp_path: Path):
