@@ -20,9 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import PatchEmbed
-from timm.models._manipulate import group_with_matcher
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 # %% ../notebooks/11_backbones.ipynb #b51f3c2e
 def fitting_state(
@@ -83,8 +81,11 @@ def shapes_only(
     probe: nn.Module,  # of `outline`
 ) -> AbstractContextManager:  # in which pictures for it are made, on its device, and sent through it
     "Nothing is computed, wherever the network lies."
-    on_meta = next(probe.parameters()).device.type == "meta"
-    return nullcontext() if on_meta else FakeTensorMode(allow_non_fake_inputs=True)
+    if next(probe.parameters()).device.type == "meta":
+        return nullcontext()
+    from torch._subclasses import FakeTensorMode  # not public, and needed with older versions of timm only
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 # %% ../notebooks/11_backbones.ipynb #0a8fc498
 def patch_size(
@@ -245,6 +246,8 @@ def layer_numbers(
     "Which layer each parameter belongs to. Raises ValueError for a family that timm has no layers for."
     if not hasattr(backbone, "group_matcher"):
         raise ValueError(f"timm knows no layers of {type(backbone).__name__}; set unfreeze = all and layer_decay = 1.0")
+    from timm.models._manipulate import group_with_matcher  # not public, and needed in training only
+
     dims = {name: parameter.ndim for name, parameter in backbone.named_parameters()}
     named = [(name, None) for name in (*dims, "?")]  # a name that no pattern of timm's knows is counted with the heads
     found = group_with_matcher(named, backbone.group_matcher(coarse=False), reverse=True)
