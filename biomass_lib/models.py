@@ -8,8 +8,6 @@ __all__ = ['QUADRAT_M2', 'CLASSES', 'OWN_OPTIONS', 'follow', 'MassModel', 'TwoSt
 
 # %% ../notebooks/13_models.ipynb #bb787f66
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import nn
 from .backbones import add_lora, create_backbone, drop_head, layer_numbers, merged_state, patch_size
 from .backbones import token_map, whole_patches
 from .heads import AuxHeads, Film, Fusion, MassHeads, TokenPool
+from .tables import beside, put_in_place
 from .targets import TARGETS
 
 # %% ../notebooks/13_models.ipynb #45170aef
@@ -304,18 +303,18 @@ def save_weights(
     path: str | Path,  # ends in .safetensors; the JSON goes beside it
     **meta: Any,  # JSON-able facts to keep: fold, epoch, score, ...
 ) -> None:
-    "Write weights and their JSON sidecar, each complete or not at all."
+    "Write weights and their JSON sidecar, each complete or not at all, also when the power fails."
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in merged_state(model).items()}
     text = json.dumps({"format": 2, "spec": model.spec, **meta}, indent=1)
-    unique = f".{uuid.uuid4().hex}.tmp"
+    draft = beside(path)
     try:
-        save_file(state, path.with_suffix(unique), metadata={"spec": json.dumps(model.spec)})
-        os.replace(path.with_suffix(unique), path)
-        path.with_suffix(unique).write_text(text, encoding="utf-8")
-        os.replace(path.with_suffix(unique), path.with_suffix(".json"))
+        save_file(state, draft, metadata={"spec": json.dumps(model.spec)})
+        put_in_place(draft, path)
+        draft.write_text(text, encoding="utf-8")
+        put_in_place(draft, path.with_suffix(".json"))
     finally:
-        path.with_suffix(unique).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 # %% ../notebooks/13_models.ipynb #f2ee50bb
 def check_spec(
