@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .tables import write_csv
 
 # %% ../notebooks/20_logs.ipynb #a4cd56df
 def peak_memory_gb() -> float:  # of the GPU if there is one, else of this process
-    "The most memory that was in use at once."
+    "The most memory that was in use at once: since a StepClock was made, or by the whole process."
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kB on Linux
@@ -38,6 +39,8 @@ class StepClock:
     "Times the steps of an epoch, from when it is made."
 
     def __init__(self):
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         self.started, self.waited, self.photographs = time.perf_counter(), 0.0, 0
 
     def wait(
@@ -103,7 +106,7 @@ def open_wandb(
 def epoch_line(
     row: dict[str, float],  # of metrics.csv
     epochs: int,  # of the whole training
-    best: tuple[int, float],  # epoch and score
+    best: tuple[int, float],  # epoch and score of what is kept
     seconds_left: float,
 ) -> str:
     "An epoch in a line."
@@ -127,7 +130,8 @@ class RunLog:
     ):
         self.out_dir, self.config, self.epochs, self.writes = Path(out_dir), config, epochs, writes
         self.rows, self.speeds, self.run, self.run_id = [], [], None, None
-        self.bar, self.opened, self.first, self.started = None, False, 0, time.perf_counter()
+        self.bar, self.opened, self.first = None, False, 0
+        self.started = self.spoke = time.perf_counter()
 
     @property
     def history(self) -> pd.DataFrame:  # as in metrics.csv
@@ -143,16 +147,42 @@ class RunLog:
             self.opened, self.run = True, open_wandb(self.out_dir, self.config, self.run_id)
             self.run_id = getattr(self.run, "id", self.run_id)
         if self.run is not None:
-            try:
+            with self.guarded():
                 getattr(self.run, method)(*given, **named)
-            except Exception as error:  # whatever it is, training goes on
-                print(f"Weights & Biases has failed ({type(error).__name__}: {error}); metrics.csv goes on")
-                self.run = None
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        "Whatever the client does inside, training goes on; after a failure without the client."
+        try:
+            yield
+        except Exception as error:
+            print(f"Weights & Biases has failed ({type(error).__name__}: {error}); metrics.csv goes on")
+            self.run = None
+
+    def step(
+        self,
+        epoch: int,  # from 1
+        done: int,  # steps of it
+        steps: int,  # in an epoch
+    ) -> None:
+        "A step further on the bar in a terminal, a line a minute elsewhere, nothing with TQDM_DISABLE."
+        if not self.writes or os.environ.get("TQDM_DISABLE"):
+            return
+        if sys.stderr.isatty():
+            before = (epoch - 1) * steps + done - 1
+            self.bar = self.bar or tqdm(
+                total=self.epochs * steps, initial=before, desc=f"fold {self.config.fold}", unit="step"
+            )
+            self.bar.update()
+        elif time.perf_counter() - self.spoke > 60:
+            self.spoke = time.perf_counter()
+            print(f"epoch {epoch:3d}/{self.epochs}  step {done}/{steps}", flush=True)
 
     def epoch(
         self,
         row: dict[str, float],  # of metrics.csv
         speed: dict[str, float],  # of speed.csv
+        best: tuple[int, float],  # epoch and score of what is kept
     ) -> None:
         "Log an epoch."
         self.rows.append(row)
@@ -162,24 +192,21 @@ class RunLog:
         write_csv(self.history, self.out_dir / "metrics.csv")
         write_csv(self.speed, self.out_dir / "speed.csv")
         self.send("log", row | {f"speed/{k}": v for k, v in speed.items() if k not in row}, step=row["epoch"])
-        self.show(row)
+        self.show(row, best)
 
-    def show(self, row: dict[str, float]) -> None:
-        "A bar in a terminal, a line elsewhere, nothing with TQDM_DISABLE."
+    def show(self, row: dict[str, float], best: tuple[int, float]) -> None:
+        "The epoch beside the bar in a terminal, a line elsewhere, nothing with TQDM_DISABLE."
         if os.environ.get("TQDM_DISABLE"):
             return
-        best = max(self.rows, key=lambda past: past["val/score"])
-        if sys.stderr.isatty():
-            self.bar = self.bar or tqdm(
-                total=self.epochs, initial=row["epoch"] - 1, desc=f"fold {self.config.fold}", unit="epoch"
-            )
-            self.bar.set_postfix(stage=row["stage"], loss=f"{row['train/loss']:.3f}", score=f"{row['val/score']:.3f}")
-            self.bar.update()
+        self.spoke = time.perf_counter()
+        if self.bar is not None:
+            place = {"epoch": f"{row['epoch']}/{self.epochs}", "stage": row["stage"]}
+            numbers = {"loss": row["train/loss"], "score": row["val/score"], "best": best[1]}
+            self.bar.set_postfix(place | {name: f"{value:.3f}" for name, value in numbers.items()})
         else:
             self.first = self.first or row["epoch"]  # those before were timed by the process that was killed
-            each = (time.perf_counter() - self.started) / (row["epoch"] - self.first + 1)
-            left = each * (self.epochs - row["epoch"])
-            print(epoch_line(row, self.epochs, (best["epoch"], best["val/score"]), left), flush=True)
+            each = (self.spoke - self.started) / (row["epoch"] - self.first + 1)
+            print(epoch_line(row, self.epochs, best, each * (self.epochs - row["epoch"])), flush=True)
 
     def finish(
         self,
@@ -191,14 +218,14 @@ class RunLog:
             self.bar.close()
         if self.run is None:
             return
-        if oof is not None:
-            import wandb
+        with self.guarded():
+            if oof is not None:
+                import wandb
 
-            self.send("log", {"out_of_fold": wandb.Table(dataframe=oof)})
-        for name, value in summary.items():
-            if self.run is not None:
+                self.run.log({"out_of_fold": wandb.Table(dataframe=oof)})
+            for name, value in summary.items():
                 self.run.summary[name] = value
-        self.send("finish")
+            self.run.finish()
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "speeds": self.speeds, "run_id": self.run_id}
@@ -209,6 +236,7 @@ class RunLog:
 # %% ../notebooks/20_logs.ipynb #a6ad8c4a
 def plot_history(
     history: pd.DataFrame,  # as in metrics.csv
+    kept: int,  # the epoch whose weights were kept
 ) -> Figure:
     "The curves of a training: losses, score, learning rate and gradient norm."
     figure, axes = plt.subplots(
@@ -217,7 +245,7 @@ def plot_history(
     panels = [("train/loss", "val/loss"), ("val/score",), ("train/lr",), ("train/grad_norm",)]
     labels = ("loss", "held-out score", "learning rate", "gradient norm")
     colours = {"train/loss": "#0072B2", "val/loss": "#D55E00", "val/score": "#D55E00"}
-    best = history["val/score"].idxmax()
+    score = history.set_index("epoch")["val/score"][kept]
     for axis, names, label in zip(axes, panels, labels, strict=True):
         for name in names:
             axis.plot(history["epoch"], history[name], color=colours.get(name, "0.35"), marker=".", label=name)
@@ -227,15 +255,9 @@ def plot_history(
             axis.axvline(history.loc[history["stage"] == 1, "epoch"].max() + 0.5, color="0.5", linestyle=":")
     axes[0].legend(["training", "held out"], frameon=False)
     axes[1].set_ylim(max(-1, history["val/score"].min() - 0.05), 1)
-    axes[1].plot(history["epoch"][best], history["val/score"][best], "o", color="#D55E00", markersize=8)
-    axes[1].annotate(
-        f"kept: {history['val/score'][best]:.3f}",
-        (history["epoch"][best], history["val/score"][best]),
-        (0, -16),
-        textcoords="offset points",
-        ha="center",
-        fontsize=8,
-    )
+    axes[1].plot(kept, score, "o", color="#D55E00", markersize=8)
+    below = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+    axes[1].annotate(f"kept: {score:.3f}", (kept, score), **below)
     axes[2].set_yscale("log")
     axes[3].set_xlabel("epoch (dotted: the backbone thaws)")
     axes[3].xaxis.set_major_locator(MaxNLocator(10, integer=True))

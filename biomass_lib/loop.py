@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['MOST_FEATURES', 'seed_everything', 'stage_plan', 'epoch_rates', 'Progress', 'Training', 'thin_shortcut',
            'make_training', 'Runner', 'to_device', 'train_step', 'train_epoch', 'validate', 'FeatureLoader',
-           'with_features', 'trained_layers', 'open_stage', 'save_training', 'resume_training', 'run_epoch',
-           'FitResult', 'out_of_patience', 'fit']
+           'with_features', 'trained_layers', 'open_stage', 'training_facts', 'sha256_of', 'check_kept',
+           'save_training', 'resume_training', 'run_epoch', 'FitResult', 'out_of_patience', 'fit']
 
 # %% ../notebooks/21_loop.ipynb #11b5a113
 import dataclasses
+import hashlib
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -36,11 +38,11 @@ from biomass_lib.checkpoint import (
     storable,
 )
 from .config import OF_THE_BOX, Config
-from .dataset import make_loader
+from .dataset import STAND_IN, make_loader
 from .logs import RunLog, StepClock
 from .losses import AuxLoss, MassLoss
 from .models import MassModel, autocast_dtype, save_weights
-from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer, set_precision
+from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer, set_deterministic, set_tf32
 from biomass_lib.parallel import (
     gather_objects,
     gather_rows,
@@ -53,6 +55,7 @@ from biomass_lib.parallel import (
 )
 from .predict import pick_device, steady_memory
 from .backbones import layer_numbers
+from .tables import put_in_place
 from .targets import r2_per_target, weighted_r2
 
 # %% ../notebooks/21_loop.ipynb #78410557
@@ -97,6 +100,7 @@ class Progress:
     in_a_row: int = 0  # of them, the last ones without a good step between
     best_score: float = -math.inf
     best_epoch: int = 0
+    best_sha256: dict[str, str] = field(default_factory=dict)  # of its two files, by suffix
     best_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # held-out masses at the best epoch
     last_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # and at the last one
 
@@ -118,6 +122,7 @@ class Training:
     log: RunLog
     progress: Progress
     runner: nn.Module | None = None  # of the present stage: batch -> what the model says
+    facts: dict[str, Any] = field(default_factory=dict)  # of `training_facts`: what must be the same when it goes on
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -142,9 +147,10 @@ def make_training(
     table: pd.DataFrame | None = None,  # training photographs, for auxiliary heads
 ) -> Training:
     "Put together what a training needs. Raises ValueError for a precision or memory saving that device or backbone do not have."
+    set_deterministic(config.deterministic)  # before pick_device multiplies two matrices to try the GPU
     device = pick_device()
     dtype = autocast_dtype(config.amp, device)
-    set_precision(device, deterministic=config.deterministic, tf32=config.tf32)
+    set_tf32(device, config.tf32)
     steady_memory()
     model.layout = torch.contiguous_format if device.type == "cpu" and thin_shortcut(model) else torch.channels_last
     model.to(device, memory_format=model.layout)
@@ -207,12 +213,12 @@ def train_step(
     "One step of the optimizer. Raises FloatingPointError when the loss is not finite, see `check_finite`."
     for group in t.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    here, size = sum(len(batch["mass_5"]) for batch in batches), world()[1]
-    everywhere = float(reduce_sum(torch.tensor(float(here))))  # on the CPU: a GPU need not be waited for
+    counts, size = [int((batch["index"] != STAND_IN).sum()) for batch in batches], world()[1]
+    everywhere = float(reduce_sum(torch.tensor(float(sum(counts)))))  # on the CPU: a GPU need not be waited for
     sums_4 = torch.zeros(4, dtype=torch.float64, device=t.device)
     skips = t.config.nonfinite == "skip"  # then the running statistics of batch norms must not keep what is left out
     kept = [(buffer, buffer.clone()) for buffer in t.model.buffers() if skips and buffer.is_floating_point()]
-    for number, batch in enumerate(batches, start=1):
+    for number, (batch, rows) in enumerate(zip(batches, counts, strict=True), start=1):
         waits = hasattr(t.runner, "no_sync") and number < len(batches)
         with t.runner.no_sync() if waits else nullcontext():
             batch = to_device(batch, t.device)
@@ -221,7 +227,6 @@ def train_step(
             loss, parts_3 = t.criterion(said["mass_5"], batch["mass_5"])
             if t.aux:
                 loss = loss + t.config.aux_weight * t.aux(said, batch["index"])
-            rows = len(batch["mass_5"])
             t.scaler.scale(loss * (rows * size / everywhere)).backward()
         sums_4 += rows * torch.stack([loss.detach(), *parts_3]).double()
     t.scaler.unscale_(t.optimizer)
@@ -263,12 +268,13 @@ def train_epoch(
         p.sums_7 += train_step(t, given, lr_S[p.step])
         p.step += 1
         clock.step(sum(len(batch["mass_5"]) for batch in given) * world()[1])
+        t.log.step(p.epoch, p.step, len(lr_S))
         if t.config.checkpoint_steps and p.step % t.config.checkpoint_steps == 0 and p.step < len(lr_S):
             save_training(t)
     photographs, *sums, norms, steps = p.sums_7.tolist()
     names = ("train/loss", "train/loss_total", "train/loss_gdm", "train/loss_green")
-    row = {name: value / max(photographs, 1) for name, value in zip(names, sums, strict=True)}
-    row |= {"train/lr": lr_S[-1], "train/grad_norm": norms / max(steps, 1), "train/skipped": p.skipped}
+    row = {name: value / photographs if steps else math.nan for name, value in zip(names, sums, strict=True)}
+    row |= {"train/lr": lr_S[-1], "train/grad_norm": norms / steps if steps else math.nan, "train/skipped": p.skipped}
     return row, clock.summary()
 
 # %% ../notebooks/21_loop.ipynb #ea7f0607
@@ -371,6 +377,37 @@ def open_stage(
         return with_features(t, train_loader), with_features(t, valid_loader)
     return train_loader, valid_loader
 
+# %% ../notebooks/21_loop.ipynb #34749d88
+def training_facts(
+    t: Training,
+    train_loader: DataLoader,
+    valid_loader: DataLoader,
+) -> dict[str, Any]:  # nested
+    "The network, the scale of the loss and the photographs with their masses; numbers to six digits, which all computers share."
+    found = {"scale_g": t.criterion.scale_g, "model": t.model.spec}
+    found = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.6g}"))
+    return found | {"trained on": train_loader.dataset.facts, "held out": valid_loader.dataset.facts}
+
+# %% ../notebooks/21_loop.ipynb #93ba272e
+def sha256_of(
+    path: Path,
+) -> str:
+    "The digest of a file."
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_kept(
+    t: Training,
+) -> None:
+    "Raises ValueError when the weights on the disk, or the JSON beside them, are not those that this training has kept."
+    for suffix, digest in t.progress.best_sha256.items():
+        best, last = t.best_file(t.progress.best_epoch).with_suffix(suffix), t.out_dir / f"weights{suffix}"
+        path = best if best.is_file() or not last.is_file() else last  # moved already, if it was killed at the very end
+        if not path.is_file() or sha256_of(path) != digest:
+            wrong = "damaged, or of another training" if path.is_file() else "missing"
+            raise ValueError(f"{path} is {wrong}, but last.ckpt belongs to it: remove last.ckpt to train the fold anew")
+
 # %% ../notebooks/21_loop.ipynb #03f27858
 def save_training(
     t: Training,
@@ -382,6 +419,7 @@ def save_training(
     state = {
         "params": t.config.to_dict() | {"processes": world()[1]},
         "about": about() | {"dtype": str(t.dtype)},
+        "facts": t.facts,
         "progress": dict(vars(t.progress)),
     }
     parts = {"model": t.model, "optimizer": t.optimizer, "scaler": t.scaler, "log": t.log}
@@ -389,7 +427,7 @@ def save_training(
     state |= {name: part.state_dict() for name, part in parts.items()}
     save_checkpoint(t.out_dir / "last.ckpt", state | {"rng": rng})
     keep = t.best_file(t.progress.best_epoch).stem
-    for path in t.out_dir.glob("best*.*"):
+    for path in (*t.out_dir.glob("best*.*"), *t.out_dir.glob(".best*.tmp")):
         if path.stem != keep:
             path.unlink(missing_ok=True)
 
@@ -397,16 +435,16 @@ def save_training(
 def resume_training(
     t: Training,
 ) -> bool:  # whether there was something to go on from
-    "Go on from last.ckpt. Raises ValueError for other parameters, a damaged checkpoint, or lost weights."
+    "Go on from last.ckpt. Raises ValueError for other parameters, data or models, damaged files, or lost weights."
     path = t.out_dir / "last.ckpt"
     state = load_checkpoint(path)
     if state is None:
         return False
     check_same(state["params"], storable(t.config.to_dict() | {"processes": world()[1]}), free=OF_THE_BOX)
     t.progress = Progress(**state["progress"])
-    best, weights = t.best_file(t.progress.best_epoch), t.out_dir / "weights.safetensors"
-    if t.progress.best_epoch and not best.is_file() and not weights.is_file():
-        raise ValueError(f"{best} is missing, to which {path} belongs: remove {path.name} and train the fold again")
+    if is_main():  # the others read the same files
+        check_same(state["facts"], storable(t.facts), "the training was begun with other data or another model")
+        check_kept(t)
     parts = {"model": t.model, "optimizer": t.optimizer, "log": t.log}
     parts |= {"averaged": t.averaged} if t.averaged else {}
     parts |= {"scaler": t.scaler} if state["scaler"] else {}  # empty where it was not float16 before
@@ -443,9 +481,11 @@ def run_epoch(
         if valid_row["val/score"] > p.best_score:
             p.best_score, p.best_epoch, p.best_N5 = valid_row["val/score"], p.epoch, p.last_N5
             if is_main():
-                save_weights(t.model, t.best_file(p.epoch), epoch=p.epoch, score=p.best_score, **meta)
+                best = t.best_file(p.epoch)
+                save_weights(t.model, best, epoch=p.epoch, score=p.best_score, **meta)
+                p.best_sha256 = {path.suffix: sha256_of(path) for path in (best, best.with_suffix(".json"))}
     place = {"epoch": p.epoch, "stage": plan[p.epoch - 1]}
-    t.log.epoch(place | row | valid_row, place | speed)
+    t.log.epoch(place | row | valid_row, place | speed, (p.best_epoch, p.best_score))
     zeros_7 = torch.zeros_like(p.sums_7)
     t.progress = dataclasses.replace(p, epoch=p.epoch + 1, step=0, sums_7=zeros_7, skipped=0)
     save_training(t)
@@ -490,10 +530,11 @@ def fit(
 ) -> FitResult:
     """Train in two stages, keeping the weights of the best epoch; go on where a killed training of this folder was.
 
-    Raises FloatingPointError when the loss is not finite, ValueError when the folder's checkpoint does not fit."""
+    Raises FloatingPointError when the loss is not finite, ValueError when the folder's checkpoint or weights do not fit."""
     t = make_training(model, config, Path(out_dir), scale_g, train_loader.dataset.table)
     plan, opened = stage_plan(config), "nothing yet"
     depth = 1 + max(layer_numbers(model.backbone).values()) if config.unfreeze != "all" else 0
+    t.facts = training_facts(t, train_loader, valid_loader) if is_main() else {}
     resume_training(t)
     wait_for_all()  # the first one through may have nothing left to do, and remove the checkpoint
     while t.progress.epoch <= len(plan) and not out_of_patience(t):
@@ -503,8 +544,9 @@ def fit(
         run_epoch(t, *loaders, **meta)
     best = t.best_file(t.progress.best_epoch)
     if is_main():
+        check_kept(t)
         for path in (best.with_suffix(".json"), best):  # killed between the two, the next start moves the other
             if path.is_file():
-                path.replace(t.out_dir / f"weights{path.suffix}")
+                put_in_place(path, t.out_dir / f"weights{path.suffix}")
     p = t.progress
     return FitResult(t.log.history, t.log.speed, p.best_epoch, p.best_N5.numpy(), p.last_N5.numpy(), t.log)

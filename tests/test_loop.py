@@ -1,18 +1,23 @@
 "Trainings that go on after what is rare: another precision, a kill between two files, a layer that torch cannot do."
 
 import dataclasses
+import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from biomass_lib import loop, train
+from biomass_lib import logs, loop, train
 from biomass_lib.config import Config, smoke_config
 from biomass_lib.demo import render_dataset
 from biomass_lib.models import create_model, load_model
+from biomass_lib.tables import read_train
+from biomass_lib.targets import TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +32,32 @@ class Killed(BaseException):
     "As SIGKILL: nothing catches it."
 
 
-def test_weights_and_their_facts_arrive_together(settings, tmp_path, monkeypatch):
-    config, replace = dataclasses.replace(settings, runs_dir=str(tmp_path)), Path.replace
+def killed_fold(config: Config, monkeypatch: pytest.MonkeyPatch, epoch: int = 2, **given) -> Path:
+    "The folder of a fold that dies before the validation of an epoch."
+    validate, calls = loop.validate, []
 
-    def replace_then_die(path: Path, target: Path) -> Path:
-        moved = replace(path, target)
-        if path.stem.startswith("best"):
+    def validate_then_die(*given):
+        calls.append(1)
+        if len(calls) == epoch:
             raise Killed
-        return moved
+        return validate(*given)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(loop, "validate", validate_then_die)
+        train.train_fold(config, **given)
+    return Path(config.runs_dir) / config.experiment / f"fold{config.fold}"
+
+
+def test_weights_and_their_facts_arrive_together(settings, tmp_path, monkeypatch):
+    config, put_in_place = dataclasses.replace(settings, runs_dir=str(tmp_path)), loop.put_in_place
+
+    def put_then_die(path: Path, target: Path) -> None:
+        put_in_place(path, target)
+        raise Killed
 
     for _ in range(2):  # one file a life
         with monkeypatch.context() as patched, pytest.raises(Killed):
-            patched.setattr(Path, "replace", replace_then_die)
+            patched.setattr(loop, "put_in_place", put_then_die)
             train.train_fold(config)
     train.train_fold(config)
     fold = tmp_path / config.experiment / "fold0"
@@ -47,20 +66,153 @@ def test_weights_and_their_facts_arrive_together(settings, tmp_path, monkeypatch
 
 
 def test_float16_goes_on_from_another_precision(settings, tmp_path, monkeypatch, capsys):
-    config, validate, calls = dataclasses.replace(settings, runs_dir=str(tmp_path)), loop.validate, []
-
-    def validate_then_die(*given):
-        calls.append(1)
-        if len(calls) == 2:
-            raise Killed
-        return validate(*given)
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(loop, "validate", validate_then_die)
-        train.train_fold(config)
+    config = dataclasses.replace(settings, runs_dir=str(tmp_path))
+    killed_fold(config, monkeypatch)
     monkeypatch.setattr(loop, "autocast_dtype", lambda amp, device: torch.float16)
     train.train_fold(config)
     assert "going on from last.ckpt at epoch 2" in capsys.readouterr().out
+
+
+def test_what_differs_is_refused_by_name(settings, tmp_path, monkeypatch):
+    "Other masses, another photograph under the same name, another network: the first half of the training knew other ones."
+    data_dir = shutil.copytree(settings.data_dir, tmp_path / "demo")
+    config, table = dataclasses.replace(settings, data_dir=str(data_dir), runs_dir=str(tmp_path)), read_train(data_dir)
+    folder, name = killed_fold(config, monkeypatch, table=table), table.image_id[0]
+    heavier = table.assign(**{mass: 3 * table[mass] for mass in TARGETS})
+    with pytest.raises(ValueError, match=f"begun with other data .{name} Dry_Green_g: .*remove the folder"):
+        train.train_fold(config, table=heavier)
+    (folder.parent / "data.json").unlink()  # the checkpoint knows, too
+    with pytest.raises(ValueError, match="(?s)scale_g: .*Dry_Green_g: .*another experiment name, or remove last.ckpt"):
+        train.train_fold(config, table=heavier)
+    (folder.parent / "data.json").unlink()
+
+    def wider(config: Config, part: pd.DataFrame):
+        return train.build_model(dataclasses.replace(config, hidden_ratio=0.5), part)
+
+    with pytest.raises(
+        ValueError, match="begun with .*another model .model hidden_ratio: 0.25 -> 0.5.; go on with those"
+    ):
+        train.train_fold(config, model_fn=wider)
+    (folder.parent / "data.json").unlink()
+    photographs = [data_dir / path for path in table.image_path[:2]]
+    whole = photographs[0].read_bytes()
+    shutil.copyfile(photographs[1], photographs[0])
+    with pytest.raises(ValueError, match=f"(trained on|held out) {name} photograph: \\w+ -> \\w+.; go on"):
+        train.train_fold(config)
+    photographs[0].write_bytes(whole)
+    (folder.parent / "data.json").unlink()
+    assert (train.train_fold(config) / "done.json").is_file()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_kept_weights_that_are_no_more_are_refused(settings, tmp_path, monkeypatch, suffix):
+    "An emptied file, as after a loss of power; one of an earlier training; none."
+    config = dataclasses.replace(settings, runs_dir=str(tmp_path))
+    folder = killed_fold(config, monkeypatch)
+    best = folder / f"best1{suffix}"
+    (folder / f"weights{suffix}").write_bytes(best.read_bytes() + b" ")  # of an earlier training
+    whole = best.read_bytes()
+    best.write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=f"best1{suffix} is damaged, or of another .* remove last.ckpt to train .* anew"
+    ):
+        train.train_fold(config)
+    best.unlink()
+    with pytest.raises(ValueError, match=f"weights{suffix} is damaged, or of another training"):
+        train.train_fold(config)
+    (folder / f"weights{suffix}").unlink()
+    with pytest.raises(ValueError, match=f"best1{suffix} is missing"):
+        train.train_fold(config)
+    assert not (folder / "done.json").exists()
+    best.write_bytes(whole)
+    assert load_model(train.train_fold(config) / "weights.safetensors")
+
+
+def test_no_done_without_the_kept_weights(settings, tmp_path, monkeypatch):
+    config = dataclasses.replace(settings, runs_dir=str(tmp_path))
+    save_training, folder = loop.save_training, tmp_path / config.experiment / "fold0"
+
+    def save_then_damage(t: loop.Training) -> None:
+        save_training(t)
+        if t.progress.epoch > 3:
+            t.best_file(t.progress.best_epoch).write_bytes(b"")
+
+    monkeypatch.setattr(loop, "save_training", save_then_damage)
+    with pytest.raises(ValueError, match="safetensors is damaged"):
+        train.train_fold(config)
+    assert not (folder / "done.json").exists()
+
+
+def test_data_and_runs_by_another_path_are_the_same(settings, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(settings, runs_dir=str(tmp_path / "runs"))
+    killed_fold(config, monkeypatch)
+    (tmp_path / "elsewhere").symlink_to(settings.data_dir)
+    monkeypatch.chdir(tmp_path)
+    moved = dataclasses.replace(config, runs_dir="runs", data_dir="elsewhere")
+    train.train_fold(moved)
+    assert "going on from last.ckpt at epoch 2" in capsys.readouterr().out
+    assert (train.train_fold(dataclasses.replace(moved, fold=1)) / "done.json").is_file()
+    with pytest.raises(ValueError, match="seed: 0 -> 1"):
+        train.train_fold(dataclasses.replace(moved, seed=1))
+
+
+def test_a_log_that_fails_at_the_end_ends_nothing(settings, tmp_path, monkeypatch, capsys):
+    class Run:
+        id = "x"
+
+        def log(self, *given, **named) -> None:
+            pass
+
+        @property
+        def summary(self):
+            raise BrokenPipeError("the service is gone")
+
+    monkeypatch.setattr(logs, "open_wandb", lambda *given: Run())
+    config = dataclasses.replace(settings, runs_dir=str(tmp_path), wandb=True, stage2_epochs=0)
+    assert (train.train_fold(config) / "done.json").is_file()
+    assert "Weights & Biases has failed" in capsys.readouterr().out
+
+
+def test_what_is_kept_is_what_is_named(settings, tmp_path, capsys):
+    "Where the last epochs are averaged, an earlier epoch with a better score is not kept."
+    changes = {"stage1_epochs": 1, "stage2_epochs": 5, "stage2_lr": 3e-2, "swa_epochs": 2, "grad_clip": 0.0}
+    folder = train.train_fold(dataclasses.replace(settings, runs_dir=str(tmp_path), **changes))
+    history, done = pd.read_csv(folder / "metrics.csv"), json.loads((folder / "done.json").read_text())
+    assert done["epoch"] > 4 > history["val/score"].idxmax() and done["score"] < history["val/score"].max()
+    assert f"best {done['score']:.3f} (epoch {done['epoch']})" in capsys.readouterr().out.splitlines()[-1]
+    figure = logs.plot_history(history, done["epoch"])
+    assert figure.axes[1].texts[0].get_text() == f"kept: {done['score']:.3f}"
+
+
+def test_an_epoch_without_a_step_has_no_loss(settings, tmp_path, monkeypatch):
+    forward = loop.MassLoss.forward
+
+    def bad(self, *given):
+        loss, parts_3 = forward(self, *given)
+        return (loss * np.nan if torch.is_grad_enabled() else loss), parts_3
+
+    monkeypatch.setattr(loop.MassLoss, "forward", bad)
+    changes = {"nonfinite": "skip", "stage1_epochs": 1, "stage2_epochs": 1}
+    folder = train.train_fold(dataclasses.replace(settings, runs_dir=str(tmp_path), **changes))
+    history = pd.read_csv(folder / "metrics.csv")
+    assert history[["train/loss", "train/loss_gdm", "train/grad_norm"]].isna().all(axis=None)
+    assert (history["train/skipped"] > 0).all() and np.isfinite(history["val/score"]).all()
+    assert json.loads((folder / "done.json").read_text())["epoch"] == 1
+    logs.plot_history(history, 1).canvas.draw()
+
+
+def test_cublas_is_told_before_it_is_used(settings, tmp_path, monkeypatch):
+    seen, pick_device = [], loop.pick_device
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(
+        loop, "pick_device", lambda: (seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")), pick_device())[1]
+    )
+    model = create_model("two_stream", backbone="test_vit", img_size=64)
+    try:
+        loop.make_training(model, dataclasses.replace(settings, deterministic=True), tmp_path, 28.0)
+    finally:
+        loop.set_deterministic(False)
+    assert seen == [":4096:8"]
 
 
 @pytest.mark.parametrize("backbone", ["mobileone_s0", "repvgg_a0"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from biomass_lib.checkpoint import load_checkpoint
 from biomass_lib.config import Config, config_to_yaml, smoke_config
 from biomass_lib.demo import render_dataset
 
@@ -30,6 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_ALBUMENTATIONS_UPDATE": "1"}
+ENVIRONMENT |= {"PYTHONUNBUFFERED": "1"}  # what a killed process said is read, too
 
 
 def parameters(home: Path, experiment: str, **changes) -> str:
@@ -54,10 +57,10 @@ def ended(process: subprocess.Popen) -> str:
     return said
 
 
-def kill(process: subprocess.Popen) -> None:
-    "Process and workers, at once."
+def kill(process: subprocess.Popen) -> str:
+    "Process and workers, at once; what it had said."
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    return process.communicate(timeout=60)[0]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -85,26 +88,44 @@ def test_golden_curve(home: Path, whole: dict[str, bytes]):
     assert names == {*SAME, "speed.csv", "done.json"}
 
 
+def place_of(folder: Path) -> tuple[int, int] | None:
+    "Epoch and next step of a fold's checkpoint."
+    state = load_checkpoint(folder / "last.ckpt")
+    return (state["progress"]["epoch"], state["progress"]["step"] + 1) if state else None
+
+
+def begun_at(said: str) -> tuple[int, int] | None:
+    "Epoch and step at which a process says that it goes on."
+    found = re.findall(r"going on from last\.ckpt at epoch (\d+), step (\d+)", said)
+    assert len(found) <= 1, said
+    return (int(found[0][0]), int(found[0][1])) if found else None
+
+
 def killed_until_done(home: Path, experiment: str, kills: int, seed: int, **changes) -> int:
-    "Kill a training at random moments, then let it end. Returns how many kills there were."
-    rng, folder, done = np.random.default_rng(seed), home / f"runs/{experiment}/fold0", 0
-    while done < kills:
+    """Kill a training at random moments, then let it end. Returns how many kills there were.
+
+    Every start goes on just where the checkpoint of the one before was, and never further back."""
+    rng, folder, places, ends = np.random.default_rng(seed), home / f"runs/{experiment}/fold0", [None], False
+    while not ends:
+        ends = len(places) > kills
         process = begun(home, experiment, **changes)
         before = (folder / "last.ckpt").stat().st_mtime_ns if (folder / "last.ckpt").exists() else 0
-        while process.poll() is None:
+        while process.poll() is None and not ends:
             checkpoint = folder / "last.ckpt"
             if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
                 break
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.5 / kills))
-        if process.poll() is not None:
-            assert process.returncode == 0, process.communicate()[0]
-            return done
-        kill(process)
-        assert not (folder / "done.json").exists() or (folder / "weights.safetensors").exists()
-        done += 1
-    ended(begun(home, experiment, **changes))
-    return done
+        if not ends:
+            time.sleep(rng.uniform(0, 0.5 / kills))
+        ends = ends or process.poll() is not None
+        said = ended(process) if ends else kill(process)
+        assert begun_at(said) == places[-1], f"{said} for a checkpoint at {places[-1]}"
+        if not ends:
+            is_done = (folder / "done.json").exists()  # only just, and then the next one begins anew
+            assert not is_done or (folder / "weights.safetensors").exists()
+            places.append(None if is_done else place_of(folder))
+            assert is_done or places[-1] > (places[-2] or (1, 1)), places
+    return len(places) - 1
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
@@ -138,7 +159,7 @@ def test_killed_while_it_writes_the_checkpoint(home: Path, whole: dict[str, byte
     "The draft is half written when the process dies; the checkpoint before it is used, and the draft goes."
     program = """
 import os, signal, sys
-from biomass_lib import checkpoint, train
+from biomass_lib import train
 replace, seen = os.replace, []
 def dying_replace(draft, path):
     seen.append(path)
@@ -146,7 +167,7 @@ def dying_replace(draft, path):
         os.truncate(draft, os.path.getsize(draft) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     replace(draft, path)
-checkpoint.os.replace = dying_replace
+os.replace = dying_replace
 train.main(sys.argv[1:])
 """
     command = [sys.executable, "-c", program, parameters(home, "half")]
