@@ -170,9 +170,12 @@ class RunLog:
             return
         if sys.stderr.isatty():
             before = (epoch - 1) * steps + done - 1
-            self.bar = self.bar or tqdm(
-                total=self.epochs * steps, initial=before, desc=f"fold {self.config.fold}", unit="step"
-            )
+            facts = {
+                "desc": f"fold {self.config.fold}",
+                "unit": "step",
+                "disable": False,
+            }  # whatever was set at its import
+            self.bar = self.bar or tqdm(total=self.epochs * steps, initial=before, **facts)
             self.bar.update()
         elif time.perf_counter() - self.spoke > 60:
             self.spoke = time.perf_counter()

@@ -173,8 +173,9 @@ def test_a_log_that_fails_at_the_end_ends_nothing(settings, tmp_path, monkeypatc
     assert "Weights & Biases has failed" in capsys.readouterr().out
 
 
-def test_what_is_kept_is_what_is_named(settings, tmp_path, capsys):
+def test_what_is_kept_is_what_is_named(settings, tmp_path, monkeypatch, capsys):
     "Where the last epochs are averaged, an earlier epoch with a better score is not kept."
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     changes = {"stage1_epochs": 1, "stage2_epochs": 5, "stage2_lr": 3e-2, "swa_epochs": 2, "grad_clip": 0.0}
     folder = train.train_fold(dataclasses.replace(settings, runs_dir=str(tmp_path), **changes))
     history, done = pd.read_csv(folder / "metrics.csv"), json.loads((folder / "done.json").read_text())
