@@ -81,7 +81,7 @@ class HalvesDataset(Dataset):
     @cached_property
     def facts(self) -> dict[str, dict[str, str]]:  # image id (or path) -> what the table and a digest of the file say
         "What a training must find again when it goes on. Reads every photograph once."
-        names = [name for name in (*TARGETS, *ABOUT[1:]) if name in self.table]
+        names = [name for name in (*TARGETS, *ABOUT[2:]) if name in self.table]  # dates are in folds.csv
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             digests = threads.map(
                 lambda path: hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(), self.paths
