@@ -44,6 +44,7 @@ from .losses import AuxLoss, MassLoss
 from .models import MassModel, autocast_dtype, save_weights
 from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer, set_deterministic, set_tf32
 from biomass_lib.parallel import (
+    check_on_main,
     gather_objects,
     gather_rows,
     is_main,
@@ -442,9 +443,9 @@ def resume_training(
         return False
     check_same(state["params"], storable(t.config.to_dict() | {"processes": world()[1]}), free=OF_THE_BOX)
     t.progress = Progress(**state["progress"])
-    if is_main():  # the others read the same files
-        check_same(state["facts"], storable(t.facts), "the training was begun with other data or another model")
-        check_kept(t)
+    what = "the training was begun with other data or another model"
+    check_on_main(lambda: check_same(state["facts"], storable(t.facts), what))
+    check_on_main(lambda: check_kept(t))
     parts = {"model": t.model, "optimizer": t.optimizer, "log": t.log}
     parts |= {"averaged": t.averaged} if t.averaged else {}
     parts |= {"scaler": t.scaler} if state["scaler"] else {}  # empty where it was not float16 before

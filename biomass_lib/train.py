@@ -33,7 +33,7 @@ from .folds import assign_folds, check_folds, read_folds, write_folds
 from .loop import FitResult, fit, seed_everything
 from .heads import aux_spec
 from .models import MassModel, create_model
-from .parallel import is_main, joined, launch, wait_for_all, world
+from .parallel import check_on_main, is_main, joined, launch, wait_for_all, world
 from biomass_lib.tables import (
     TRAIN_COLUMNS,
     beside,
@@ -273,8 +273,8 @@ def start_fold(
         torch.manual_seed(config.seed + 1000 * world()[0])  # the same weights everywhere, but not the same dropout
     check_model(config, model)
     out_dir = fold.run_dir / f"fold{config.fold}"
+    check_on_main(lambda: keep_run(config, fold))
     if is_main():
-        keep_run(config, fold)
         out_dir.mkdir(exist_ok=True)
         if (out_dir / "done.json").is_file():
             for path in (out_dir / "done.json", out_dir / "last.ckpt", *out_dir.glob("best*.*")):

@@ -130,6 +130,12 @@ def test_a_dead_process_ends_the_other_and_both_go_on(home: Path, whole: Path):
     assert (folder / "last.ckpt").exists() and not (folder / "done.json").exists()
     with pytest.raises(ValueError, match="processes: 2 -> 1"):
         train.train_fold(fold_of(home, "killed"))
+    best = next(folder.glob("best*.safetensors"))
+    weights = best.read_bytes()
+    best.write_bytes(b"")
+    with pytest.raises(ChildFailedError, match=f"{best.name} is damaged"):  # in the words of the one that looks
+        train.launch_fold(fold_of(home, "killed"), processes=2)
+    best.write_bytes(weights)
     assert train.launch_fold(fold_of(home, "killed"), processes=2) == folder
     for name in ("metrics.csv", "oof.csv", "oof_last.csv", "weights.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), f"{name} differs"
