@@ -469,7 +469,10 @@ def serve_all(
     serve: Callable[[DeviceModels], None],
     batches: Shared,  # stopped when nobody goes on
 ) -> None:
-    "One thread a device. Where one fails the others do its part; raises what the last of them raises, and every other error at once."
+    "One thread a device; where one fails the others do its part. Raises what the last of them raises, and any other error at once."
+    if len(places) == 1:  # in this thread: the C library keeps large blocks (`steady_memory`) for no other
+        serve(places[0])
+        return
     with ThreadPoolExecutor(max_workers=len(places)) as pool:
         busy, idle = {pool.submit(serve, place): place for place in places}, []
         try:
