@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['MOST_FEATURES', 'seed_everything', 'stage_plan', 'epoch_rates', 'Progress', 'Training', 'thin_shortcut',
            'make_training', 'Runner', 'to_device', 'train_step', 'train_epoch', 'validate', 'FeatureLoader',
-           'with_features', 'trained_layers', 'open_stage', 'training_facts', 'sha256_of', 'check_kept',
-           'save_training', 'resume_training', 'run_epoch', 'FitResult', 'out_of_patience', 'fit']
+           'with_features', 'trained_layers', 'open_stage', 'training_facts', 'check_kept', 'save_training',
+           'resume_training', 'run_epoch', 'FitResult', 'out_of_patience', 'fit']
 
 # %% ../notebooks/21_loop.ipynb #11b5a113
 import dataclasses
-import hashlib
 import json
 import math
 import random
@@ -56,6 +55,7 @@ from biomass_lib.parallel import (
 )
 from .predict import pick_device, steady_memory
 from .backbones import layer_numbers
+from .submit import file_sha256
 from .tables import put_in_place
 from .targets import r2_per_target, weighted_r2
 
@@ -197,7 +197,7 @@ class Runner(nn.Module):
         features = batch["features"] if "features" in batch else self.model.features(batch["halves_2CHW"])
         return self.model.outputs(features)
 
-
+# %% ../notebooks/21_loop.ipynb #fec8c681
 def to_device(
     batch: dict[str, torch.Tensor],  # of a loader
     device: torch.device,
@@ -328,7 +328,7 @@ class FeatureLoader:
             rows = torch.tensor(rows)
             yield {"features": self.features_ND[rows], "mass_5": self.dataset.mass_N5[rows], "index": rows}
 
-
+# %% ../notebooks/21_loop.ipynb #d5764d35
 @torch.no_grad()
 def with_features(
     t: Training,
@@ -347,7 +347,7 @@ def with_features(
             return loader
     return FeatureLoader(loader, torch.cat(parts))
 
-
+# %% ../notebooks/21_loop.ipynb #19716bf5
 def trained_layers(
     config: Config,
     epoch: int,  # from 1
@@ -390,14 +390,6 @@ def training_facts(
     return found | {"trained on": train_loader.dataset.facts, "held out": valid_loader.dataset.facts}
 
 # %% ../notebooks/21_loop.ipynb #93ba272e
-def sha256_of(
-    path: Path,
-) -> str:
-    "The digest of a file."
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_kept(
     t: Training,
 ) -> None:
@@ -405,7 +397,7 @@ def check_kept(
     for suffix, digest in t.progress.best_sha256.items():
         best, last = t.best_file(t.progress.best_epoch).with_suffix(suffix), t.out_dir / f"weights{suffix}"
         path = best if best.is_file() or not last.is_file() else last  # moved already, if it was killed at the very end
-        if not path.is_file() or sha256_of(path) != digest:
+        if not path.is_file() or file_sha256(path) != digest:
             wrong = "damaged, or of another training" if path.is_file() else "missing"
             raise ValueError(f"{path} is {wrong}, but last.ckpt belongs to it: remove last.ckpt to train the fold anew")
 
@@ -484,7 +476,7 @@ def run_epoch(
             if is_main():
                 best = t.best_file(p.epoch)
                 save_weights(t.model, best, epoch=p.epoch, score=p.best_score, **meta)
-                p.best_sha256 = {path.suffix: sha256_of(path) for path in (best, best.with_suffix(".json"))}
+                p.best_sha256 = {path.suffix: file_sha256(path) for path in (best, best.with_suffix(".json"))}
     place = {"epoch": p.epoch, "stage": plan[p.epoch - 1]}
     t.log.epoch(place | row | valid_row, place | speed, (p.best_epoch, p.best_score))
     zeros_7 = torch.zeros_like(p.sums_7)
