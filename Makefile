@@ -39,7 +39,7 @@ test: $(READY) check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(if $(SLOW),--slow)
 
-# all variants of the model on the demo data, about 25 minutes on two cores; folds that are done are not trained again
+# all variants of the model on the demo data, six minutes on the two cores of the README; folds that are done are not trained again
 variants: $(READY)
 	$(BIN)/biomass_demo --out $(DEMO) --n-train 96 --n-test 24 --seed 0
 	mkdir -p runs/variants
