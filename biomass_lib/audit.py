@@ -36,7 +36,8 @@ from pandera.errors import SchemaErrors
 
 from .artefacts import find_artefacts
 from .images import REMEDY, TAIL_BYTES, check_photo_file
-from .tables import ABOUT, TRAIN_COLUMNS, check_columns, listed, read_text_csv, write_csv
+from .files import write_csv
+from .tables import ABOUT, TRAIN_COLUMNS, check_columns, listed, read_text_csv
 from .targets import PRIMARY, TARGETS
 
 # %% ../notebooks/08_audit.ipynb #fd758ca8

@@ -21,8 +21,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from .files import temporary_path
 from .images import check_photo_file, load_halves
-from .tables import beside, listed
+from .tables import listed
 
 # %% ../notebooks/06_cache.ipynb #3f9f8b4b
 CACHE_FORMAT = 1  # to be raised when load_halves gives other pixels than before
@@ -89,7 +90,7 @@ def write_halves(
     halves_2SS3: np.ndarray,
 ) -> None:
     "Write halves completely or not at all. Raises OSError when the disk is full."
-    draft = beside(file)
+    draft = temporary_path(file)
     try:
         with draft.open("wb") as stream:
             np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(halves_2SS3))

@@ -235,7 +235,7 @@ def read_kernel_state(
 
 # %% ../notebooks/28_client.ipynb #f46a5496
 OURS = {"manifest.json", "README.md"}  # beside the weights
-UNSENT = {"dataset-metadata.json"}  # read by the client, not sent as a file
+UNSENT = {"dataset-metadata.json", ".cache"}  # read by the client, or left out by it
 
 
 def weights_files(

@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from .files import write_csv, write_file, write_json
 from .targets import TARGETS, weighted_r2
 
 # %% ../notebooks/07_demo.ipynb #2f8bf768
@@ -414,8 +415,7 @@ def write_photo(
     good, encoded = cv2.imencode(".jpg", photo_HW3[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
     if not good:
         raise OSError(f"{path} could not be encoded as JPEG")
-    Path(f"{path}.tmp").write_bytes(encoded.tobytes())
-    os.replace(f"{path}.tmp", path)
+    write_file(path, encoded.tobytes())
     del truth["leaves"]
     return truth
 
@@ -483,8 +483,7 @@ def save_table(
     path: Path,
 ) -> None:
     "Write a csv completely or not at all."
-    table.to_csv(f"{path}.tmp", index=False, lineterminator="\n")
-    os.replace(f"{path}.tmp", path)
+    write_csv(table, path)
 
 
 def claim_folder(
@@ -558,8 +557,7 @@ def write_tables(
         expected_N5 = part[[f"{target}_expected" for target in TARGETS]].to_numpy()
         ceilings[name] = round(weighted_r2(part[list(TARGETS)].to_numpy(), expected_N5), 4)
     facts = recipe | ceilings
-    (out / "demo.json.tmp").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    os.replace(out / "demo.json.tmp", out / "demo.json")
+    write_json(facts, out / "demo.json")
     (out / ".started").unlink()
     return facts
 

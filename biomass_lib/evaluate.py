@@ -29,6 +29,7 @@ from sklearn.model_selection import LeaveOneGroupOut
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from .claims import read_done
 from .folds import read_folds
 from .images import check_photo_file
 from .tables import listed, read_text_csv, read_train
@@ -47,10 +48,10 @@ from biomass_lib.targets import (
 def finished_folds(
     run_dir: str | Path,  # runs/<experiment>
 ) -> dict[int, Path]:  # fold -> its folder, in order
-    "The folds of a run that ended well."
+    "List the folds of a run that ended well. Raises ValueError, as `read_done` does, for one whose files are damaged."
     folders = [path.parent for path in Path(run_dir).glob("fold*/done.json")]
     found = {int(folder.name[4:]): folder for folder in folders if folder.name[4:].isdigit()}
-    return dict(sorted(found.items()))
+    return {fold: found[fold] for fold in sorted(found) if read_done(found[fold]) is not None}
 
 
 def missing_folds(

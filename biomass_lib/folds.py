@@ -8,7 +8,6 @@ __all__ = ['FOLD_SCHEMES', 'STATE_COLOURS', 'fold_groups', 'fold_strata', 'check
            'summarise_folds', 'plot_state_bars', 'plot_totals', 'plot_folds']
 
 # %% ../notebooks/05_folds.ipynb #e40a4b04
-import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold
 
-from .tables import beside, listed, read_text_csv, write_csv
+from .files import write_csv
+from .tables import listed, read_text_csv
 
 # %% ../notebooks/05_folds.ipynb #2bdd3cc4
 FOLD_SCHEMES = ("date", "state_date", "clover_dead", "state_mix", "period", "state", "random")
@@ -181,12 +181,11 @@ def write_folds(
     fold_N: np.ndarray,  # fold of each photograph
 ) -> None:
     "Write folds.csv once, however many try at the same time. Raises ValueError when it exists with other folds."
-    path, draft = Path(path), beside(path)
     folds = table[["image_id", "Sampling_Date", "State"]].assign(fold=fold_N)
-    write_csv(folds.assign(Sampling_Date=folds["Sampling_Date"].dt.strftime("%Y-%m-%d")), draft)
+    folds = folds.assign(Sampling_Date=folds["Sampling_Date"].dt.strftime("%Y-%m-%d"))
     try:
-        os.link(draft, path)  # unlike a rename, this fails when another process was first
-    except FileExistsError:
+        write_csv(folds, path, overwrite=False)
+    except FileExistsError:  # another process was first
         there_N = read_folds(path, table)
         differs = np.flatnonzero(there_N != fold_N)
         if len(differs):
@@ -194,10 +193,6 @@ def write_folds(
             raise ValueError(
                 f"{path} has other folds for {len(rows)} photographs: {listed(rows)}; use another experiment name"
             ) from None
-    except OSError:  # a file system without links
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 # %% ../notebooks/05_folds.ipynb #332416bf
 def check_folds(

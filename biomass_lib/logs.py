@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from .config import Config
-from .tables import write_csv
+from .files import write_csv
 
 # %% ../notebooks/20_logs.ipynb #a4cd56df
 def peak_memory_gb() -> float:  # of the GPU if there is one, else of this process
@@ -179,8 +179,10 @@ class RunLog:
         config: Config,
         epochs: int,  # of the whole training
         writes: bool = True,  # False in all processes but one
+        guard: Callable[[], None] | None = None,  # of `write_file`: what it raises prevents a file
     ):
         self.out_dir, self.config, self.epochs, self.writes = Path(out_dir), config, epochs, writes
+        self.guard = guard
         self.rows, self.speeds, self.run, self.run_id = [], [], None, None
         self.opened, self.screen = False, Screen(config.fold, epochs)
 
@@ -231,8 +233,8 @@ class RunLog:
         self.speeds.append(speed)
         if not self.writes:
             return
-        write_csv(self.history, self.out_dir / "metrics.csv")
-        write_csv(self.speed, self.out_dir / "speed.csv")
+        write_csv(self.history, self.out_dir / "metrics.csv", guard=self.guard)
+        write_csv(self.speed, self.out_dir / "speed.csv", guard=self.guard)
         self.send("log", row | {f"speed/{k}": v for k, v in speed.items() if k not in row}, step=row["epoch"])
         self.screen.epoch(row, best)
 

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -38,6 +38,7 @@ from biomass_lib.checkpoint import (
 )
 from .config import OF_THE_BOX, Config
 from .dataset import STAND_IN, make_loader
+from .files import file_sha256, remove_abandoned, replace_atomically
 from .logs import RunLog, StepClock
 from .losses import AuxLoss, MassLoss
 from .models import MassModel, autocast_dtype, save_weights
@@ -55,8 +56,6 @@ from biomass_lib.parallel import (
 )
 from .predict import pick_device, steady_memory
 from .backbones import layer_numbers
-from .submit import file_sha256
-from .tables import put_in_place
 from .targets import r2_per_target, weighted_r2
 
 # %% ../notebooks/21_loop.ipynb #78410557
@@ -124,6 +123,7 @@ class Training:
     progress: Progress
     runner: nn.Module | None = None  # of the present stage: batch -> what the model says
     facts: dict[str, Any] = field(default_factory=dict)  # of `training_facts`: what must be the same when it goes on
+    guard: Callable[[], None] | None = None  # called before each file gets its name; what it raises prevents it
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -146,6 +146,7 @@ def make_training(
     out_dir: Path,
     scale_g: float,  # grams that count as 1 in the loss
     table: pd.DataFrame | None = None,  # training photographs, for auxiliary heads
+    guard: Callable[[], None] | None = None,  # of `write_file`
 ) -> Training:
     "Put together what a training needs. Raises ValueError for a precision or memory saving that device or backbone do not have."
     set_deterministic(config.deterministic)  # before pick_device multiplies two matrices to try the GPU
@@ -181,8 +182,9 @@ def make_training(
         optimizer=make_optimizer(model, config.weight_decay, config.layer_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
         averaged=Averaged(model, config.ema_decay) if config.ema_decay or config.swa_epochs else None,
-        log=RunLog(out_dir, config, len(stage_plan(config)), writes=is_main()),
+        log=RunLog(out_dir, config, len(stage_plan(config)), writes=is_main(), guard=guard),
         progress=Progress(),
+        guard=guard,
     )
 
 # %% ../notebooks/21_loop.ipynb #876aa50f
@@ -418,9 +420,10 @@ def save_training(
     parts = {"model": t.model, "optimizer": t.optimizer, "scaler": t.scaler, "log": t.log}
     parts |= {"averaged": t.averaged} if t.averaged else {}
     state |= {name: part.state_dict() for name, part in parts.items()}
-    save_checkpoint(t.out_dir / "last.ckpt", state | {"rng": rng})
+    save_checkpoint(t.out_dir / "last.ckpt", state | {"rng": rng}, t.guard)
+    remove_abandoned(t.out_dir)
     keep = t.best_file(t.progress.best_epoch).stem
-    for path in (*t.out_dir.glob("best*.*"), *t.out_dir.glob(".best*.tmp")):
+    for path in t.out_dir.glob("best*.*"):
         if path.stem != keep:
             path.unlink(missing_ok=True)
 
@@ -475,7 +478,7 @@ def run_epoch(
             p.best_score, p.best_epoch, p.best_N5 = valid_row["val/score"], p.epoch, p.last_N5
             if is_main():
                 best = t.best_file(p.epoch)
-                save_weights(t.model, best, epoch=p.epoch, score=p.best_score, **meta)
+                save_weights(t.model, best, t.guard, epoch=p.epoch, score=p.best_score, **meta)
                 p.best_sha256 = {path.suffix: file_sha256(path) for path in (best, best.with_suffix(".json"))}
     place = {"epoch": p.epoch, "stage": plan[p.epoch - 1]}
     t.log.epoch(place | row | valid_row, place | speed, (p.best_epoch, p.best_score))
@@ -519,12 +522,13 @@ def fit(
     config: Config,
     out_dir: Path,  # gets metrics.csv, speed.csv, weights.safetensors, and last.ckpt to go on from
     scale_g: float,  # grams that count as 1 in the loss
+    guard: Callable[[], None] | None = None,  # called before each file gets its name; what it raises prevents it
     **meta: Any,  # facts to keep beside the weights
 ) -> FitResult:
     """Train in two stages, keeping the weights of the best epoch; go on where a killed training of this folder was.
 
     Raises FloatingPointError when the loss is not finite, ValueError when the folder's checkpoint or weights do not fit."""
-    t = make_training(model, config, Path(out_dir), scale_g, train_loader.dataset.table)
+    t = make_training(model, config, Path(out_dir), scale_g, train_loader.dataset.table, guard)
     plan, opened = stage_plan(config), "nothing yet"
     depth = 1 + max(layer_numbers(model.backbone).values()) if config.unfreeze != "all" else 0
     t.facts = training_facts(t, train_loader, valid_loader) if is_main() else {}
@@ -540,6 +544,6 @@ def fit(
         check_kept(t)
         for path in (best.with_suffix(".json"), best):  # killed between the two, the next start moves the other
             if path.is_file():
-                put_in_place(path, t.out_dir / f"weights{path.suffix}")
+                replace_atomically(path, t.out_dir / f"weights{path.suffix}", t.guard)
     p = t.progress
     return FitResult(t.log.history, t.log.speed, p.best_epoch, p.best_N5.numpy(), p.last_N5.numpy(), t.log)

@@ -8,6 +8,7 @@ __all__ = ['QUADRAT_M2', 'CLASSES', 'OWN_OPTIONS', 'follow', 'MassModel', 'TwoSt
 
 # %% ../notebooks/13_models.ipynb #bb787f66
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import nn
 
 from .backbones import add_lora, create_backbone, drop_head, layer_numbers, merged_state, patch_size
 from .backbones import token_map, whole_patches
+from .files import replace_atomically, temporary_path, write_file
 from .heads import AuxHeads, Film, Fusion, MassHeads, TokenPool
-from .tables import beside, put_in_place
 from .targets import TARGETS
 
 # %% ../notebooks/13_models.ipynb #45170aef
@@ -301,20 +302,20 @@ def create_model(
 def save_weights(
     model: MassModel,  # from create_model
     path: str | Path,  # ends in .safetensors; the JSON goes beside it
+    guard: Callable[[], None] | None = None,  # of `write_file`: what it raises prevents a file
     **meta: Any,  # JSON-able facts to keep: fold, epoch, score, ...
 ) -> None:
     "Write weights and their JSON sidecar, each complete or not at all, also when the power fails."
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in merged_state(model).items()}
     text = json.dumps({"format": 2, "spec": model.spec, **meta}, indent=1)
-    draft = beside(path)
+    temporary = temporary_path(path)
     try:
-        save_file(state, draft, metadata={"spec": json.dumps(model.spec)})
-        put_in_place(draft, path)
-        draft.write_text(text, encoding="utf-8")
-        put_in_place(draft, path.with_suffix(".json"))
+        save_file(state, temporary, metadata={"spec": json.dumps(model.spec)})
+        replace_atomically(temporary, path, guard)
     finally:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+    write_file(path.with_suffix(".json"), text, guard=guard)
 
 # %% ../notebooks/13_models.ipynb #f2ee50bb
 def check_spec(

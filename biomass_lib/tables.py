@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['ABOUT', 'TRAIN_COLUMNS', 'TEST_COLUMNS', 'listed', 'check_columns', 'read_text_csv', 'image_ids_of', 'read_numbers',
            'read_dates', 'about_photos', 'long_to_wide', 'wide_to_long', 'leave_out', 'read_train', 'read_test',
-           'check_photos', 'beside', 'write_csv', 'put_in_place', 'check_submission_rows', 'check_submission',
-           'submission_frame']
+           'check_photos', 'check_submission_rows', 'check_submission', 'submission_frame']
 
 # %% ../notebooks/04_tables.ipynb #28032b36
 import os
-import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -248,44 +246,6 @@ def check_photos(
             damaged
         )
         raise (FileNotFoundError if missing else ValueError)(". ".join(parts))
-
-# %% ../notebooks/04_tables.ipynb #d6ad8ca8
-def beside(
-    path: str | Path,
-) -> Path:  # an unused name in the same folder
-    "A hidden draft for a file, so that renaming it never crosses file systems."
-    path = Path(path)
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def write_csv(
-    table: pd.DataFrame,
-    path: str | Path,
-) -> None:
-    "Write a table without its index; whoever looks sees the old file or the whole new one. Makes the folder if needed."
-    path, draft = Path(path), beside(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        table.to_csv(draft, index=False, lineterminator="\n")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-# %% ../notebooks/04_tables.ipynb #8c986cc1
-def put_in_place(
-    draft: str | Path,  # complete, and closed
-    path: str | Path,  # final name, in the same folder
-) -> None:
-    "Rename a draft; content and name are on the disk when this returns."
-    draft, path = Path(draft), Path(path)
-    with draft.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 # %% ../notebooks/04_tables.ipynb #6c4ec894
 def check_submission_rows(

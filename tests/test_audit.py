@@ -13,8 +13,9 @@ import pytest
 
 from biomass_lib.audit import audit, audit_folder, audit_main, green_share, stop_on_errors
 from biomass_lib.demo import render_dataset
+from biomass_lib.files import write_csv
 from biomass_lib.images import read_photo
-from biomass_lib.tables import TRAIN_COLUMNS, long_to_wide, read_text_csv, wide_to_long, write_csv
+from biomass_lib.tables import TRAIN_COLUMNS, long_to_wide, read_text_csv, wide_to_long
 from biomass_lib.targets import TARGETS
 
 FLIPS = (None, 0, 1, -1)  # of cv2.flip

@@ -24,7 +24,7 @@ import pytest
 from kaggle_server import FAULTS, KEY, QUOTA, RULES, USER, KaggleSite, kaggle_site
 
 from biomass_lib import client, kernel
-from biomass_lib.submit import file_sha256
+from biomass_lib.files import file_sha256
 from biomass_lib.targets import TARGETS
 
 ROOT = kernel.repo_root(Path(__file__).parent)

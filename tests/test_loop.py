@@ -49,15 +49,15 @@ def killed_fold(config: Config, monkeypatch: pytest.MonkeyPatch, epoch: int = 2,
 
 
 def test_weights_and_their_facts_arrive_together(settings, tmp_path, monkeypatch):
-    config, put_in_place = dataclasses.replace(settings, runs_dir=str(tmp_path)), loop.put_in_place
+    config, replace = dataclasses.replace(settings, runs_dir=str(tmp_path)), loop.replace_atomically
 
-    def put_then_die(path: Path, target: Path) -> None:
-        put_in_place(path, target)
+    def replace_then_die(*given) -> None:
+        replace(*given)
         raise Killed
 
     for _ in range(2):  # one file a life
         with monkeypatch.context() as patched, pytest.raises(Killed):
-            patched.setattr(loop, "put_in_place", put_then_die)
+            patched.setattr(loop, "replace_atomically", replace_then_die)
             train.train_fold(config)
     train.train_fold(config)
     fold = tmp_path / config.experiment / "fold0"

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from biomass_lib.demo import render_dataset
+from biomass_lib.files import read_json, write_json
 from biomass_lib.targets import TARGETS, WEIGHTS
 
 ROOT = Path(__file__).parent.parent
@@ -209,6 +210,10 @@ def test_failed_report_leaves_no_old_one(copy: Path):
     run = copy / "runs/tiny"
     oof = pd.read_csv(run / "fold1/oof.csv")
     oof[1:].to_csv(run / "fold1/oof.csv", index=False)
+    status, said = command(copy, "biomass_report", "runs/tiny")
+    assert status == 1 and "runs/tiny/fold1 is called done, but oof.csv has" in said and "train the fold again" in said
+    done = read_json(run / "fold1/done.json")
+    write_json({name: value for name, value in done.items() if name != "files"}, run / "fold1/done.json")
     status, said = command(copy, "biomass_report", "runs/tiny")
     assert status == 1 and "the report failed" in said and oof["image_id"][0] in said
     assert not [name for name in ("report.html", "report.json", "scores.csv") if (run / name).exists()]

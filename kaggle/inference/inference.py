@@ -123,6 +123,7 @@ submission.head(10)
 #
 # From here on nothing can change the submission, so nothing may cost it: a picture that fails is said to have failed, and no more.
 
+
 # %%
 @contextmanager
 def only_a_picture():
@@ -171,7 +172,9 @@ with only_a_picture():
     for ax in axes.flat:
         ax.axis("off")
     for ax, image_id in zip(axes.flat, shown, strict=False):
-        total, green, dead, clover = predicted.loc[image_id, ["Dry_Total_g", "Dry_Green_g", "Dry_Dead_g", "Dry_Clover_g"]]
+        total, green, dead, clover = predicted.loc[
+            image_id, ["Dry_Total_g", "Dry_Green_g", "Dry_Dead_g", "Dry_Clover_g"]
+        ]
         ax.set_title(f"{image_id}: {total:.0f} g\ngreen {green:.0f}, dead {dead:.0f}, clover {clover:.0f}", fontsize=8)
         try:
             photo_HW3 = read_photo(data_dir / image_paths[image_id])
