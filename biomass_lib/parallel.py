@@ -21,6 +21,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
+from .supervise import die_with_parent
+
 # %% ../notebooks/19_parallel.ipynb #c5229f89
 def world() -> tuple[int, int]:  # rank from 0, number of processes
     "The place of this process among those that train one fold together."
@@ -40,6 +42,7 @@ def joined() -> Iterator[tuple[int, int]]:  # rank and number of processes
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield world()
         return
+    die_with_parent()  # a launcher that is killed tells nobody
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if 0 < gpus < here:
         raise ValueError(f"{here} processes for {gpus} GPU: start {gpus}, or hide the GPU with CUDA_VISIBLE_DEVICES=''")

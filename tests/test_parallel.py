@@ -19,6 +19,7 @@ from biomass_lib.config import Config, config_to_yaml, smoke_config
 from biomass_lib.demo import render_dataset
 from biomass_lib.models import load_model
 from biomass_lib.parallel import launch, world
+from biomass_lib.supervise import descendants
 
 ROOT = Path(__file__).parent.parent
 UNEVEN = 2  # the fold with 15 photographs to train on and 5 held out
@@ -158,3 +159,24 @@ def test_one_is_done_before_the_other_has_begun(home: Path):
         launch(ended_early, config, processes=2)
     launch(late, config, processes=2)
     assert (home / f"runs/late/fold{UNEVEN}/done.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends processes with their parent")
+def test_killed_launcher_leaves_no_process(home: Path):
+    config = fold_of(home, "orphans", stage2_epochs=5000)
+    (home / "orphans.yaml").write_text(config_to_yaml(config))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    command = [*TORCHRUN, "-m", "biomass_lib.train", "orphans.yaml"]
+    launcher = subprocess.Popen(
+        command, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoint = home / f"runs/orphans/fold{UNEVEN}/last.ckpt"
+    while not checkpoint.exists():
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    workers = [pid for pid in descendants(launcher.pid) if Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) >= 2
+    launcher.kill()
+    launcher.wait()
+    while any(Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+        time.sleep(0.05)  # a test that hangs here has found orphans
