@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from patience import PATIENCE
+
 USER = "tester"
 KEY = "canary0123456789canary0123456789"  # must not be found in anything that is printed
 COMPETITION = "csiro-biomass"
@@ -120,7 +122,9 @@ class KaggleSite:
     ) -> subprocess.CompletedProcess:
         "A plain command, as a person would type it."
         command = [str(Path(sys.executable).with_name("kaggle")), *args]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, **options)
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=PATIENCE, **options
+        )
 
     def take(self, method: str) -> Any:
         "What goes wrong in this call, if anything."
@@ -377,7 +381,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.hang_up()
         if how == "half, stall":
             self.site.stalled.set()
-            time.sleep(20)
+            time.sleep(PATIENCE)  # the client is stopped meanwhile
             return self.hang_up()
         self.rfile.read(rest)  # arrived, but was not kept
         return self.answer(503, b"{}")

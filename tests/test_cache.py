@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from patience import PATIENCE
 
 from biomass_lib.cache import fill_cache, is_whole, open_halves
 from biomass_lib.images import load_halves
@@ -80,7 +81,7 @@ fill()
     assert other.stdout.readline() == "begun\n"
     os.kill(victim.pid, signal.SIGKILL)
     assert victim.wait(60) == -signal.SIGKILL
-    said, _ = other.communicate(timeout=120)
+    said, _ = other.communicate(timeout=PATIENCE)
     assert other.returncode == 0, said
     folder = cache_dir / f"{SIZE}px_none"
     files = list(folder.glob("*.npy"))
@@ -91,7 +92,7 @@ fill()
     for draft in drafts:
         os.utime(draft, (0, 0))  # as if ten minutes had passed
     third = started("fill()", cache_dir, photos)
-    said, _ = third.communicate(timeout=120)
+    said, _ = third.communicate(timeout=PATIENCE)
     assert third.returncode == 0, said
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before  # nothing twice, drafts gone
     assert is_right(cache_dir, photos)

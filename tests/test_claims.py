@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from patience import PATIENCE, wait_until
 
 from biomass_lib.claims import LEASE, SILENT_SECONDS, read_done, read_lease
 from biomass_lib.config import Config, smoke_config
@@ -20,16 +20,6 @@ from biomass_lib.demo import render_dataset
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOK = ROOT / "notebooks/train_fold.ipynb"
-PATIENCE = 600  # seconds for what must happen sooner or later; only a failing test waits so long
-
-
-def wait_until(happened: Callable[[], bool], what: str, alive: subprocess.Popen | None = None) -> None:
-    "Wait for something, as long as the process that should bring it about is alive."
-    deadline = time.monotonic() + PATIENCE
-    while not happened():
-        assert alive is None or alive.poll() is None, f"ended before {what}: {alive.communicate()[0]}"
-        assert time.monotonic() < deadline, f"waited {PATIENCE} s in vain for {what}"
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import timm
+from patience import PATIENCE
 from safetensors.torch import save_file
 
 from biomass_lib.demo import render_dataset
@@ -178,7 +179,7 @@ def test_two_processes_at_once_leave_one_whole_file(demo: Path, tmp_path: Path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     both = [subprocess.Popen(arguments, cwd=tmp_path, env=environment, **pipes) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
+    said = [process.communicate(timeout=PATIENCE)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert said[0] == said[1]
     names = sorted(path.name for path in (tmp_path / "cache/features").iterdir())

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from kaggle_server import USER, kaggle_site
+from patience import PATIENCE
 
 from biomass_lib import kernel
 from biomass_lib.demo import render_dataset
@@ -42,7 +43,7 @@ assert importlib.util.find_spec("biomass_lib") is None, "biomass_lib is installe
 assert [name for _, name in socket.if_nameindex()] == ["lo"], "the network is not cut off"
 notebook = nbformat.read(sys.argv[1], as_version=4)
 config = Config({"KernelManager": {"transport": "ipc"}})
-client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": "."}}, config=config)
+client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": "."}}, config=config)
 client.execute()
 nbformat.write(notebook, sys.argv[2])
 """
@@ -150,7 +151,7 @@ def rehearse(
     env |= {"PYTHONWARNINGS": "ignore"}
     command = ["unshare", "-rn", str(python), "-c", DRIVER, str(notebook), str(cwd.with_suffix(".ipynb"))]
     try:
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE)
     finally:
         shutil.rmtree(home)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from patience import PATIENCE
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from biomass_lib import loop, train
@@ -41,7 +42,7 @@ def trained(home: Path, launcher: list[str], experiment: str, fold: int, **chang
     (home / f"{experiment}.yaml").write_text(config_to_yaml(config))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_ALBUMENTATIONS_UPDATE": "1"}
     command = [*launcher, "-m", "biomass_lib.train", f"{experiment}.yaml", "-p", "fold", str(fold)]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     return done.returncode, done.stdout + done.stderr, home / "runs" / experiment / f"fold{fold}"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from patience import PATIENCE
 
 from biomass_lib.demo import render_dataset
 from biomass_lib.files import read_json, write_json
@@ -42,7 +43,7 @@ def command(home: Path, name: str, *arguments: str) -> tuple[int, str]:
     "Exit status and all output of a command typed in `home`."
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ended = subprocess.run([BIN / name, *arguments], cwd=home, env=environment, timeout=300, check=False, **pipes)
+    ended = subprocess.run([BIN / name, *arguments], cwd=home, env=environment, timeout=PATIENCE, check=False, **pipes)
     return ended.returncode, ended.stdout
 
 
@@ -137,7 +138,9 @@ def browse(page: Path, folder: Path, *options: str) -> str:
     "What Chromium, headless and with a profile of its own, writes to its log."
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     flags += ["--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", *options]
-    ended = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(
+        [CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
     return ended.stderr
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from patience import PATIENCE
 
 from biomass_lib.checkpoint import load_checkpoint
 from biomass_lib.config import Config, config_to_yaml, smoke_config
@@ -52,7 +53,7 @@ def begun(home: Path, experiment: str, **changes) -> subprocess.Popen:
 
 def ended(process: subprocess.Popen) -> str:
     "Wait for a process that must end well; what it said."
-    said, _ = process.communicate(timeout=180)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     return said
 
@@ -60,7 +61,7 @@ def ended(process: subprocess.Popen) -> str:
 def kill(process: subprocess.Popen) -> str:
     "Process and workers, at once; what it had said."
     os.killpg(process.pid, signal.SIGKILL)
-    return process.communicate(timeout=60)[0]
+    return process.communicate(timeout=PATIENCE)[0]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -189,13 +190,13 @@ def test_other_parameters_and_damage_are_refused(home: Path):
     kill(process)
     (home / "runs/changed/params.yaml").unlink()  # which would refuse them first
     process = begun(home, "changed", stage2_epochs=200, weight_decay=0.5)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "weight_decay: 0.01 -> 0.5" in said and "remove last.ckpt" in said
     (home / "runs/changed/params.yaml").unlink()
     content = checkpoint.read_bytes()
     checkpoint.write_bytes(content[:1000] + b"?" + content[1001:])
     process = begun(home, "changed", stage2_epochs=200)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "last.ckpt is damaged" in said
 
 
