@@ -13,14 +13,14 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 
 install: $(READY)
 
-# kernels listen on this machine only, but since ipykernel 7 each one warns of other users who might listen in
+# kernels warn that other users of this machine could listen in, and call their own end an error; what fails in a cell is in the notebook
 $(READY): settings.ini setup.py constraints.txt
 	@echo "== install into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@"$(BIN)/python" -m pip install -qq --upgrade $(filter-out --build-constraint=%,$(VERSIONS)) pip
 	@"$(BIN)/python" -m pip install -qq $(VERSIONS) --editable '.[dev]'
 	@mkdir -p $(VENV)/etc/ipython
-	@echo 'c.IPKernelApp.log_level = "ERROR"' > $(VENV)/etc/ipython/ipython_kernel_config.py
+	@echo 'c.IPKernelApp.log_level = "CRITICAL"' > $(VENV)/etc/ipython/ipython_kernel_config.py
 	@touch $@
 
 # the tests with the newest versions instead of those in constraints.txt, in an environment beside the usual one
@@ -34,7 +34,7 @@ constraints:
 	@{ grep '^#' constraints.txt; sed -E '/^(cuda|nvidia|triton)/s/$$/ ; sys_platform == "linux"/' .venv-newest/versions.txt; } > .venv-newest/constraints.txt
 	@mv .venv-newest/constraints.txt constraints.txt
 
-# the demo and the variants are to give the same numbers on every x86-64 processor with AVX2: one code path of each library, one thread a fold
+# the demo and the variants, which share photographs, are to give the same numbers on every x86-64 processor with AVX2: one code path of each library, one thread a fold
 demo variants: export ATEN_CPU_CAPABILITY := avx2
 demo variants: export ONEDNN_MAX_CPU_ISA := AVX2
 demo variants: export MKL_CBWR := COMPATIBLE

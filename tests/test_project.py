@@ -115,7 +115,7 @@ def test_readme_makes_a_folder_before_papermill_writes_there():
 
 
 def test_notebooks_run_without_a_word_of_their_kernels(tmp_path: Path):
-    "In an environment of `make install`, that is; stderr is not thrown away, kernels are told to warn of errors only."
+    "In an environment of `make install`, that is; stderr is not thrown away, kernels are told what to log."
     if not (Path(sys.prefix) / "etc/ipython/ipython_kernel_config.py").is_file():
         pytest.skip("this environment was not made by make install")
     cells = [
