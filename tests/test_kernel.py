@@ -266,7 +266,7 @@ def test_a_broken_photograph_may_be_on_the_contact_sheet(stage, bare_python, tmp
     assert ' "no picture: ' not in told and told.count('"image/png"') == 2
 
 
-@pytest.mark.skipif("BIOMASS_OLDER" not in os.environ, reason="make versions: needs an environment of 6 GB")
+@pytest.mark.skipif("BIOMASS_OLDER" not in os.environ, reason="make versions: 6 GB of downloads, more than CI takes")
 def test_older_versions_give_the_same_submission(stage, tmp_path):
     python = Path(os.environ["BIOMASS_OLDER"]).absolute()
     write_run(tmp_path / "runs" / "mixed", 3, ("resnet18", "vit_small_patch14_dinov2", "convnext_atto"))

@@ -265,7 +265,7 @@ def test_bfloat16_is_trained_with_and_repeats(settings, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.needs("g++", package="g++")
 def test_compiled_training_is_the_same_training(settings, tmp_path):
     "In both stages, from kept weights that know nothing of it; and the heads' own pooling reads a compiled map."
     for changes in ({}, {"model": "dense"}):

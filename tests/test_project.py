@@ -1,4 +1,4 @@
-"`make check` must notice every hand edit of something that is built."
+"The repository itself: what is built is in step, the commands of Makefile and README work in a fresh clone, versions are pinned."
 
 import json
 import os
@@ -6,18 +6,19 @@ import re
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
+CLONE = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "CI")}
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    "A copy of the tracked and new files, as a person would have it, that uses this environment."
-    copy = tmp_path / "repository"
+    "A copy of the tracked and new files, as a person would have it, in a folder with a space; it uses this environment."
+    copy = tmp_path / "my repository"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -28,25 +29,37 @@ def repository(tmp_path: Path) -> Path:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
-    (copy / ".venv").mkdir()
-    (copy / ".venv/.ready").touch()  # the environment of this test is passed as BIN
+    (copy / ".venv").symlink_to(sys.prefix, target_is_directory=True)
     return copy
 
 
-def check(repository: Path) -> subprocess.CompletedProcess:
-    command = ["make", "check", f"BIN={BIN}"]
-    return subprocess.run(
-        command,
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k != "MAKEFLAGS"},
-    )
+def make(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
+    "make with the environment as it is: nothing is installed."
+    command = ["make", "--no-print-directory", "--old-file=.venv/.ready", *arguments]
+    return subprocess.run(command, cwd=repository, env=CLONE, capture_output=True, text=True, check=False)
 
 
-def test_untouched_repository_passes(repository: Path):
-    result = check(repository)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_untouched_repository_passes_and_says_one_line(repository: Path):
+    result = make(repository, "check")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "== compare what is built with the notebooks\n"
+
+
+def test_kernel_is_built_in_a_folder_with_a_space(repository: Path):
+    built = repository / "kaggle/inference/inference.ipynb"
+    before = built.read_bytes()
+    built.unlink()
+    result = make(repository, "kernel", "readme")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert built.read_bytes() == before
+
+
+def test_recipes_are_quiet_and_quote_the_folder():
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    recipes = [(before, line) for before, line in zip(lines, lines[1:], strict=False) if line.startswith("\t")]
+    assert len(recipes) > 50
+    assert [line for before, line in recipes if not (before.endswith("\\") or line.startswith("\t@"))] == []
+    assert [line for _, line in recipes if re.search(r"[$][(](BIN|CURDIR)", re.sub(r'"[^"]*"', "", line))] == []
 
 
 @pytest.mark.parametrize(
@@ -63,7 +76,7 @@ def test_hand_edit_is_noticed_and_kept(repository: Path, name: str, old: str, ne
     assert old in text
     edited = text.replace(old, new, 1)
     path.write_text(edited, encoding="utf-8")
-    result = check(repository)
+    result = make(repository, "check")
     assert result.returncode != 0
     assert "out of step with the notebooks" in result.stdout
     assert path.name in result.stdout
@@ -81,3 +94,94 @@ def test_outputs_name_no_place_on_a_machine():
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             told = [output for output in cell.get("outputs", ()) if not str(output.get("data", "")).count("image/png")]
             assert not re.search(r"/(tmp|root|home|work|Users)/", json.dumps(told)), f"{path.name}: {told}"
+
+
+def code_blocks() -> list[str]:
+    return re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_readme_makes_a_folder_before_papermill_writes_there():
+    "papermill makes no folders; a fresh clone has no runs/."
+    outputs = 0
+    for block in code_blocks():
+        made = set()
+        for line in block.splitlines():
+            for folder in re.findall(r"mkdir -p (\S+)", line):
+                made |= {folder, *map(str, Path(folder).parents)}
+            for output in re.findall(r"papermill \S+[.]ipynb (\S+[.]ipynb)", line):
+                outputs += 1
+                assert str(Path(output).parent) in made, line
+    assert outputs >= 2
+
+
+def test_notebooks_run_without_a_word_of_their_kernels(tmp_path: Path):
+    "In an environment of `make install`, that is; stderr is not thrown away, kernels are told what to log."
+    if not (Path(sys.prefix) / "etc/ipython/ipython_kernel_config.py").is_file():
+        pytest.skip("this environment was not made by make install")
+    cells = [
+        {"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [], "source": "1 + 1"}
+    ]
+    notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "in.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    command = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "--kernel", "python3"]
+    quiet = ["--no-progress-bar", "--log-level", "ERROR"]
+    ran = subprocess.run([*command, *quiet], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["index.ipynb", "00_targets.ipynb"])
+def test_nbdev_reads_notebooks_without_a_warning(name: str):
+    "nbdev takes a list in a title's cell for YAML."
+    command = [str(Path(sys.executable).with_name("nbdev_test")), "--path", f"notebooks/{name}", "--n_workers", "0"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, "Success.", "")
+
+
+def test_no_notebook_cell_is_left_out_by_a_flag():
+    "`make test` runs whole notebooks: a cell that needs data looks for them itself, and says so."
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    flag = re.compile(rf"^\s*#\s*\|\s*({'|'.join(settings['DEFAULT']['tst_flags'].split())})\b", re.MULTILINE)
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            assert cell["cell_type"] != "code" or not flag.search("".join(cell["source"])), path.name
+
+
+def distribution(requirement: str) -> str:
+    "The normalized name of a requirement."
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower()
+
+
+def test_every_requirement_has_a_tested_version():
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+( ; sys_platform == \"linux\")?", pin)] == []
+    wanted = [
+        line.strip()
+        for name, value in settings["DEFAULT"].items()
+        if name.endswith("requirements")
+        for line in value.splitlines()
+        if line.strip()
+    ]
+    assert len(wanted) > 30
+    assert {distribution(line) for line in [*wanted, "pip", "setuptools", "wheel"]} <= set(map(distribution, pins))
+
+
+def test_ci_fails_where_a_person_only_skips(tmp_path: Path):
+    shutil.copy2(ROOT / "tests/conftest.py", tmp_path)
+    test = 'import pytest\n@pytest.mark.needs("no-such-program", package="such")\ndef test_it(): pass\n'
+    (tmp_path / "test_it.py").write_text(test, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "."]
+    for environment, status in ((CLONE, 0), (CLONE | {"CI": "true"}, 1)):
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert ran.returncode == status
+        assert "no no-such-program here: apt-get install such" in ran.stdout
+
+
+def test_ci_installs_what_tests_need():
+    tests = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_[!p]*.py")))
+    packages = set(re.findall(r'mark\.needs\(.*package="([^"]+)"\)', tests))
+    listed = re.search(r'^needs="\n(.*?)^"', (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert {line.split()[1] for line in listed.group(1).splitlines()} == packages

@@ -23,7 +23,8 @@ from biomass_lib.targets import TARGETS, WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 FIGURES = 6  # ladder, scatter with intervals, errors by group, learning curves, worst and best photographs
 TINY = {
     "data_dir": "demo",
@@ -150,7 +151,7 @@ def console(log: str) -> list[str]:
     return [line for line in log.splitlines() if "CONSOLE" in line]
 
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+needs_chromium = pytest.mark.needs(*BROWSERS, package="chromium")
 
 
 @needs_chromium
