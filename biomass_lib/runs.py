@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOOK_SECONDS', 'PAGE', 'find_notebook', 'plan_run', 'papermill_command', 'start_fold_process', 'error_of',
-           'fold_line', 'failure_lines', 'visible_devices', 'job_slots', 'stop_all', 'run_folds', 'mistakes_as_lines',
-           'folds_parser', 'folds_main', 'write_html', 'make_report', 'print_scores', 'report_main']
+           'fold_line', 'failure_lines', 'visible_devices', 'job_slots', 'stop_all', 'kernel_failed', 'run_folds',
+           'mistakes_as_lines', 'folds_parser', 'folds_main', 'write_html', 'make_report', 'print_scores',
+           'report_main']
 
 # %% ../notebooks/26_runs.ipynb #802ffd96
 import argparse
@@ -182,6 +183,16 @@ def stop_all(
         except subprocess.TimeoutExpired:
             child.kill()
 
+# %% ../notebooks/26_runs.ipynb #839087e8
+def kernel_failed(
+    folder: Path,  # of a fold whose papermill has failed
+) -> bool:
+    "Say whether a fold's kernel never answered, so that no cell was run."
+    log = folder / "papermill.log"
+    return log.is_file() and "Kernel died before replying to kernel_info" in log.read_text(
+        encoding="utf-8", errors="replace"
+    )
+
 # %% ../notebooks/26_runs.ipynb #5eca1e3c
 LOOK_SECONDS = 5.0  # between two looks at a fold that somebody else holds
 
@@ -199,6 +210,7 @@ class _Folds:
         self.running: dict[int, tuple[subprocess.Popen, Lease, str]] = {}
         self.failed: list[int] = []
         self.held: dict[int, float] = {}  # fold -> when to look again, time.monotonic()
+        self.again: set[int] = set()  # whose kernel did not start, and which get a second one
 
     def folder(self, fold: int) -> Path:
         return self.run_dir / f"fold{fold}"
@@ -235,6 +247,9 @@ class _Folds:
             lease.release()
             if child.returncode == 0 and read_done(self.folder(fold)) is not None:
                 print(fold_line(fold, self.run_dir), flush=True)
+            elif fold not in self.again and kernel_failed(self.folder(fold)):
+                self.again.add(fold)
+                self.waiting.insert(0, fold)
             else:
                 self.failed.append(fold)
                 print(failure_lines(fold, self.run_dir, child.returncode), flush=True)
