@@ -7,6 +7,7 @@ __all__ = ['Content', 'host_name', 'temporary_path', 'is_alive', 'remove_abandon
            'write_file', 'write_csv', 'write_json', 'read_json', 'file_sha256', 'file_facts', 'file_damage']
 
 # %% ../notebooks/00_files.ipynb #2b36d4ca
+import contextlib
 import errno
 import hashlib
 import json
@@ -62,8 +63,9 @@ def remove_abandoned(
     for path in sorted(Path(folder).glob(f".{name}.{host_name()}.*.*.tmp")):
         pid = path.name.split(".")[-3]
         if pid.isdigit() and not is_alive(int(pid)):
-            path.unlink(missing_ok=True)
-            removed.append(path.name)
+            with contextlib.suppress(OSError):  # a folder that is read-only, or somebody else's
+                path.unlink()
+                removed.append(path.name)
     return removed
 
 # %% ../notebooks/00_files.ipynb #aa7c1920

@@ -89,8 +89,6 @@ fill()
     drafts = list(folder.glob(".*.tmp"))
     assert drafts, "the killed process was not in the middle of a write"
     before = {file: file.stat().st_mtime_ns for file in files}
-    for draft in drafts:
-        os.utime(draft, (0, 0))  # as if ten minutes had passed
     third = started("fill()", cache_dir, photos)
     said, _ = third.communicate(timeout=PATIENCE)
     assert third.returncode == 0, said
@@ -122,10 +120,45 @@ fill()
     assert is_right(cache_dir, photos)
 
 
+def mounts() -> bool:
+    "Whether file systems of our own can be mounted here."
+    if not shutil.which("unshare"):
+        return False
+    return not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+
+
+@pytest.mark.skipif(not mounts(), reason="no user namespaces here, so no small file system can be mounted")
+def test_a_cache_that_is_read_only(photos: list[Path], tmp_path: Path):
+    "It is used where it is whole; where something is missing, the message says whose it is and what to do."
+    program = """
+import subprocess
+from biomass_lib.images import load_halves
+first, more = sys.argv[2:12], sys.argv[2:]
+files = cache.fill_cache(first, 96, sys.argv[1])
+subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
+assert cache.fill_cache(first, 96, sys.argv[1]) == files
+for path, file in zip(first, files):
+    assert (cache.open_halves(file) == load_halves(path, 96)).all()
+try:
+    cache.fill_cache(more, 96, sys.argv[1])
+except PermissionError as error:
+    print(error)
+else:
+    sys.exit("it could be written")
+"""
+    cache_dir = tmp_path / "cache"
+    cache_dir.mkdir()
+    mount = 'mount -t tmpfs -o size=9m tmpfs "$1" && exec "$0" -c "$2" "$1" "${@:3}"'
+    command = ["unshare", "-rm", "bash", "-c", mount, sys.executable, str(cache_dir), FILL + program, *map(str, photos)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"the cache {cache_dir} cannot be written or read (Read-only file system; " in result.stdout
+    assert f"and {COUNT - 10} photographs are not in it: set cache_dir to a folder of your own" in result.stdout
+
+
+@pytest.mark.skipif(not mounts(), reason="no user namespaces here, so no small file system can be mounted")
 def test_full_disk_leaves_no_broken_cache(photos: list[Path], tmp_path: Path):
     "A file system of 1.5 MB, half of which somebody else takes in the middle of the work."
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("no user namespaces here, so no small file system can be mounted")
     program = """
 import errno
 ballast = os.path.join(sys.argv[1], "ballast")
