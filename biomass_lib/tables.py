@@ -243,9 +243,9 @@ def check_photos(
     if missing or damaged:
         parts = [f"{len(missing)} missing, {len(damaged)} damaged of {len(names)} photographs in {data_dir}"]
         hint = missing_hint(Path(data_dir) / missing[0]) if missing else ""
-        parts += [f"missing: {listed(missing)}; {hint or REMEDY}"] * bool(missing) + [f"damaged: {listed(damaged)}"] * bool(
-            damaged
-        )
+        parts += [f"missing: {listed(missing)}; {hint or REMEDY}"] * bool(missing) + [
+            f"damaged: {listed(damaged)}"
+        ] * bool(damaged)
         raise (FileNotFoundError if missing else ValueError)(". ".join(parts))
 
 # %% ../notebooks/04_tables.ipynb #6c4ec894

@@ -284,7 +284,8 @@ def phone_files(jpeg: Path) -> dict[str, bytes]:
     with PIL.Image.open(jpeg) as photo:
         small = io.BytesIO()
         photo.resize((160, 80)).save(small, "JPEG")
-        exif = b"\xff\xe1" + (2 + len(small.getvalue())).to_bytes(2, "big") + small.getvalue()  # with its own end marker
+        thumbnail = small.getvalue()  # with an end marker of its own
+        exif = b"\xff\xe1" + (2 + len(thumbnail)).to_bytes(2, "big") + thumbnail
         mpo = as_mpo(photo)
     film = b"\0\0\0\x18ftypmp42" + NOISE * 8
     whole = {"motion": data + film, "padding": data + bytes(8192), "mpo": mpo, "thumbnail": data[:2] + exif + data[2:]}
