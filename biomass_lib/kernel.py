@@ -9,10 +9,10 @@ __all__ = ['HOME_ONLY', 'LICENCES', 'DATASET_KEYS', 'KEYWORD', 'TEMPORARY_FOLDER
            'model_entry', 'run_params', 'mean_of', 'weights_manifest', 'read_metadata', 'check_owner', 'check_keys',
            'check_list', 'check_address', 'check_weights_metadata', 'check_weights_folder', 'copy_checked',
            'read_report', 'markdown_table', 'yaml_block', 'card_half', 'card_models', 'card_scores', 'card_coverage',
-           'card_limits', 'card_licence', 'model_card', 'half_change', 'fill_folder', 'check_assembled',
-           'assemble_weights', 'repo_root', 'imported_names', 'foreign_imports', 'refuse_foreign', 'module_cells',
-           'cell_id', 'render_kernel', 'build_kernel', 'check_kernel_metadata', 'check_notebook', 'check_kernel',
-           'check_owners', 'check_weights', 'fill_user', 'weights_main', 'kernel_main']
+           'card_limits', 'card_licence', 'model_card', 'half_change', 'earlier_weights', 'fill_folder',
+           'check_assembled', 'assemble_weights', 'repo_root', 'imported_names', 'foreign_imports', 'refuse_foreign',
+           'module_cells', 'cell_id', 'render_kernel', 'build_kernel', 'check_kernel_metadata', 'check_notebook',
+           'check_kernel', 'check_owners', 'check_weights', 'fill_user', 'weights_main', 'kernel_main']
 
 # %% ../notebooks/27_kernel.ipynb #f3d347ad
 import argparse
@@ -46,6 +46,7 @@ from biomass_lib.evaluate import (
     same_photographs,
 )
 from biomass_lib.files import (
+    file_damage,
     file_sha256,
     remove_abandoned,
     replace_atomically,
@@ -55,7 +56,7 @@ from biomass_lib.files import (
 )
 from .models import load_model
 from .predict import DEFAULT_VIEWS, VIEWS, check_views, predict_masses
-from .submit import MANIFEST_FORMAT, read_manifest
+from .submit import MANIFEST_FORMAT, parse_manifest, read_manifest
 from .tables import read_train
 from .targets import TARGETS, weighted_r2
 
@@ -628,18 +629,24 @@ def half_change(
     return {"full": full, "half": half, "photographs": len(planned)}
 
 # %% ../notebooks/27_kernel.ipynb #3c934a1a
+def earlier_weights(
+    out: Path,  # the dataset's folder
+) -> set[str]:  # names
+    "The weights of an earlier assembly: named by a manifest that is sound, and just as it says. Nothing else may be removed."
+    try:
+        entries = parse_manifest(out / "manifest.json")["models"]
+    except (OSError, ValueError):
+        return set()
+    return {entry["file"] for entry in entries if not file_damage(out / entry["file"], entry)}
+
+
 def fill_folder(
     out: Path,  # the dataset's folder
     run_dirs: list[Path],  # runs/<experiment>, those of the manifest
     manifest: dict[str, Any],  # as from weights_manifest; gains size and sha256
 ) -> None:
     "Copy the weights, remove those of an earlier assembly. Raises OSError when a copy differs."
-    place = {run_name(run_dir): run_dir for run_dir in run_dirs}
-    try:
-        old = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        old_files = {Path(entry["file"]).name for entry in old["models"]} if old["project"] == "biomass" else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        old_files = set()
+    place, old_files = {run_name(run_dir): run_dir for run_dir in run_dirs}, earlier_weights(out)
     for entry in manifest["models"]:
         source = place[entry["run"]] / f"fold{entry['fold']}" / "weights.safetensors"
         copy_checked(source, out / entry["file"], entry["dtype"] == "float16")

@@ -6,8 +6,8 @@
 __all__ = ['VIEWS', 'DEFAULT_VIEWS', 'FLIPPED_AXES', 'WARM_UP', 'BLOCK', 'check_views', 'apply_view', 'gpu_trouble',
            'pick_device', 'pick_devices', 'steady_memory', 'input_of', 'load_inputs', 'PhotoBatch', 'stack_batch',
            'photo_batches', 'answer_batch', 'Member', 'free_bytes', 'fits', 'out_of_memory', 'DeviceModels', 'Ledger',
-           'Shared', 'Predicted', 'Sums', 'answer_photos', 'serve_device', 'serve_all', 'predict_ensemble',
-           'rows_a_pass', 'predict_masses']
+           'Shared', 'Predicted', 'Sums', 'answer_photos', 'DeviceFailed', 'serve_device', 'serve_side_by_side',
+           'serve_all', 'predict_ensemble', 'rows_a_pass', 'predict_masses']
 
 # %% ../notebooks/15_predict.ipynb #c39eda5d
 import copy
@@ -28,7 +28,6 @@ from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
@@ -119,9 +118,14 @@ def load_inputs(
     path: str | Path,  # one photograph
     inputs: tuple[tuple[int, str], ...],  # distinct (img_size, clean) that the models ask for
 ) -> dict[tuple[int, str], torch.Tensor]:  # (img_size, clean) -> halves_2CHW, uint8
-    "A photograph as input of every model, decoded once at each scale. Raises as `load_halves` does, naming the file."
+    "A photograph as input of every model, decoded once at each scale. Raises OSError or ValueError, naming the file."
     read = photo_reader(path)
-    return {each: torch.from_numpy(load_halves(path, *each, read)).permute(0, 3, 1, 2) for each in inputs}
+    try:
+        return {each: torch.from_numpy(load_halves(path, *each, read)).permute(0, 3, 1, 2) for each in inputs}
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the decoder, of memory, of what nobody thought of: it's one photograph
+        raise ValueError(f"photograph {path} cannot be read: {type(error).__name__}: {error}") from error
 
 # %% ../notebooks/15_predict.ipynb #e7da4079
 @dataclass
@@ -141,7 +145,7 @@ def stack_batch(
     for row, future in futures.items():
         try:
             photos[row] = future.result()
-        except (OSError, ValueError, cv2.error) as error:
+        except (OSError, ValueError) as error:
             broken[row] = str(error)
     inputs = next(iter(photos.values()), {})
     halves = {each: torch.stack([photo[each] for photo in photos.values()]) for each in inputs}
@@ -351,10 +355,13 @@ class Ledger:
                 print(f"{self.done} of {self.count} photographs, {now - self.begun:.0f} s")
 
     def lose(self, device: int) -> None:
-        "A device has failed."
+        "A device has failed. Where it was the last one, another will begin, and what is known of its pace counts no more."
         with self.lock:
             self.devices -= 1
             self.partly.pop(device, None)
+            if not self.devices:
+                self.devices, self.first, self.waits = 1, {}, {}
+                self.seconds = [[] for _ in self.weights]
 
 # %% ../notebooks/15_predict.ipynb #c51754fc
 class Shared:
@@ -438,6 +445,10 @@ def answer_photos(
     return mass_B5, weight_B
 
 # %% ../notebooks/15_predict.ipynb #d9fab6ef
+class DeviceFailed(RuntimeError):
+    "A device cannot go on; its batch has been given back."
+
+
 def serve_device(
     place: DeviceModels,  # the models on one device
     batches: Shared,  # of PhotoBatch
@@ -445,18 +456,19 @@ def serve_device(
     sums: Sums,  # filled here
     size: int,  # photographs at a time
 ) -> None:
-    "Take batches and answer them until there are none, or time is over. Raises ValueError as `Sums.check` does."
+    "Take batches and answer them until there are none, or time is over. Raises DeviceFailed, and ValueError as `Sums.check` does."
     began = ledger.clock()
     for batch in batches:
         waited = ledger.clock() - began
         sums.broken |= batch.broken
         sums.check()
         try:
-            sums.add(batch.rows, *answer_photos(place, batch, ledger, sums, size))
-        except RuntimeError:
+            masses = answer_photos(place, batch, ledger, sums, size)
+        except (RuntimeError, MemoryError) as error:
             batches.returned.append(batch)
             ledger.lose(place.at)
-            raise
+            raise DeviceFailed(f"{place.device} failed: {error}") from error
+        sums.add(batch.rows, *masses)
         sums.check()
         ledger.finish(len(batch.rows) + len(batch.broken), waited, place.at)
         if ledger.over():
@@ -464,15 +476,12 @@ def serve_device(
         began = ledger.clock()
 
 
-def serve_all(
+def serve_side_by_side(
     places: list[DeviceModels],
     serve: Callable[[DeviceModels], None],
-    batches: Shared,  # stopped when nobody goes on
+    batches: Shared,  # stopped by what is no failure of a device
 ) -> None:
     "One thread a device; where one fails the others do its part. Raises what the last of them raises, and any other error at once."
-    if len(places) == 1:  # in this thread: the C library keeps large blocks (`steady_memory`) for no other
-        serve(places[0])
-        return
     with ThreadPoolExecutor(max_workers=len(places)) as pool:
         busy, idle = {pool.submit(serve, place): place for place in places}, []
         try:
@@ -481,15 +490,38 @@ def serve_all(
                     place, error = busy.pop(future), future.exception()
                     if error is None:
                         idle.append(place)
-                    elif isinstance(error, RuntimeError) and (busy or idle):
-                        print(f"{place.device} failed, the others go on without it: {error}")
+                    elif isinstance(error, DeviceFailed) and (busy or idle):
+                        print(f"{error}; the others go on without it")
                     else:
                         raise error
                 if batches.returned and idle and not busy:
                     busy = {pool.submit(serve, idle[0]): idle.pop(0)}
+        except DeviceFailed:
+            raise
         except BaseException:
             batches.stopped = True
             raise
+
+
+def serve_all(
+    places: list[DeviceModels],
+    serve: Callable[[DeviceModels], None],
+    batches: Shared,
+    spare: Callable[[], DeviceModels] | None = None,  # makes the CPU's, should all of these fail
+) -> None:
+    "Answer all batches on all devices, and on the spare one when they have failed. Raises as the last device does."
+    try:
+        if len(places) == 1:  # in this thread: the C library keeps large blocks (`steady_memory`) for no other
+            serve(places[0])
+        else:
+            serve_side_by_side(places, serve, batches)
+    except DeviceFailed as error:
+        if spare is None:
+            raise
+        print(f"{error}; going on with the CPU")
+        for place in places:
+            place.models.clear()
+        serve(spare())
 
 # %% ../notebooks/15_predict.ipynb #c381f966
 BLOCK = 64  # photographs for which a model that cannot stay is loaded
@@ -515,7 +547,8 @@ def predict_ensemble(
     if not members or not all(member.weight > 0 for member in members):
         raise ValueError(f"nothing to average: {len(members)} models; each must have a weight above zero")
     devices = pick_devices() if devices is None else [torch.device(device) for device in devices]
-    if torch.device("cpu") in devices:
+    cpu = torch.device("cpu")
+    if cpu in devices:
         steady_memory()
     keep = fits(members, devices) if keep is None else keep
     ledger = Ledger([m.weight for m in members], check_views(views), len(paths), len(devices), deadline, clock)
@@ -526,9 +559,17 @@ def predict_ensemble(
         DeviceModels(members, device, autocast_dtype(amp, device), rows_a_pass(device, batch_size), keep, at)
         for at, device in enumerate(devices)
     ]
+
+    def spare() -> DeviceModels:
+        "The CPU, which takes the place of failed GPUs."
+        steady_memory()
+        dtype = autocast_dtype("auto" if amp == "fp16" else amp, cpu)
+        return DeviceModels(members, cpu, dtype, rows_a_pass(cpu, batch_size), fits(members, [cpu]), len(places))
+
     with closing(photo_batches(paths, inputs, block, workers, first=batch_size)) as source:  # left to the garbage
         batches = Shared(source)  # collector, it might wait for its threads within the start of another one, for ever
-        serve_all(places, partial(serve_device, batches=batches, ledger=ledger, sums=sums, size=batch_size), batches)
+        serve = partial(serve_device, batches=batches, ledger=ledger, sums=sums, size=batch_size)
+        serve_all(places, serve, batches, None if cpu in devices else spare)
     with np.errstate(invalid="ignore"):
         mass_N5 = sums.mass_N5 / sums.weight_N[:, None]
     late = [row for row in np.flatnonzero(sums.weight_N == 0).tolist() if row not in sums.broken]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .images import REMEDY, check_photo_file, read_photo
+from .images import REMEDY, check_photo_file, missing_hint, read_photo
 from .targets import TARGETS
 
 # %% ../notebooks/04_tables.ipynb #2f3d823a
@@ -242,9 +242,10 @@ def check_photos(
     damaged = [str(problem) for name, problem in problems.items() if name not in missing]
     if missing or damaged:
         parts = [f"{len(missing)} missing, {len(damaged)} damaged of {len(names)} photographs in {data_dir}"]
-        parts += [f"missing: {listed(missing)}; {REMEDY}"] * bool(missing) + [f"damaged: {listed(damaged)}"] * bool(
-            damaged
-        )
+        hint = missing_hint(Path(data_dir) / missing[0]) if missing else ""
+        parts += [f"missing: {listed(missing)}; {hint or REMEDY}"] * bool(missing) + [
+            f"damaged: {listed(damaged)}"
+        ] * bool(damaged)
         raise (FileNotFoundError if missing else ValueError)(". ".join(parts))
 
 # %% ../notebooks/04_tables.ipynb #6c4ec894

@@ -1,5 +1,6 @@
 "The audit on a broken copy of rendered data, one defect of each kind: each is found, and nothing else."
 
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -14,8 +15,8 @@ import pytest
 from biomass_lib.audit import audit, audit_folder, audit_main, green_share, stop_on_errors
 from biomass_lib.demo import render_dataset
 from biomass_lib.files import write_csv
-from biomass_lib.images import read_photo
-from biomass_lib.tables import TRAIN_COLUMNS, long_to_wide, read_text_csv, wide_to_long
+from biomass_lib.images import check_photo_file, load_halves, read_photo
+from biomass_lib.tables import TRAIN_COLUMNS, check_photos, long_to_wide, read_text_csv, wide_to_long
 from biomass_lib.targets import TARGETS
 
 FLIPS = (None, 0, 1, -1)  # of cv2.flip
@@ -50,9 +51,9 @@ def exif_of(orientation: int) -> PIL.Image.Exif:
     return exif
 
 
-def greyed(photo: PIL.Image.Image) -> PIL.Image.Image:
+def greyed(photo: PIL.Image.Image, colour: tuple[int, int, int] = (128, 128, 128)) -> PIL.Image.Image:
     "The lower part as a truncated file leaves it."
-    photo.paste((128, 128, 128), (0, photo.height * 2 // 3, photo.width, photo.height))
+    photo.paste(colour, (0, photo.height * 2 // 3, photo.width, photo.height))
     return photo
 
 
@@ -101,6 +102,12 @@ class Data:
         middle = len(whole) // 2
         self.write(i, whole[:middle] + piece + whole[middle + lost :])
 
+    def promise(self, i: str, width: int, height: int) -> None:
+        "Another size in the header."
+        data = self.path(i).read_bytes()
+        at = data.index(b"\xff\xc0") + 5
+        self.write(i, data[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 4 :])
+
     def resave(self, i: str, change: Callable[[PIL.Image.Image], PIL.Image.Image], **options) -> None:
         with PIL.Image.open(self.path(i)) as photo:
             changed = change(photo.copy())
@@ -140,7 +147,9 @@ DEFECTS = [
     ("warning", "size", lambda d, i, o: d.resave(i, lambda photo: photo.resize((1600, 800)))),
     ("warning", "mode", lambda d, i, o: d.resave(i, lambda photo: photo.convert("L"))),
     ("warning", "mode", lambda d, i, o: d.resave(i, lambda photo: photo.convert("CMYK"))),
-    ("warning", "flat", lambda d, i, o: d.resave(i, greyed)),
+    ("error", "flat", lambda d, i, o: d.resave(i, greyed)),
+    ("warning", "flat", lambda d, i, o: d.resave(i, lambda photo: greyed(photo, (20, 20, 20)))),
+    ("error", "unreadable", lambda d, i, o: d.promise(i, 40_000, 20_000)),
     ("warning", "copy", lambda d, i, o: shutil.copy(d.path(o), d.path(i))),
     ("warning", "near_copy", lambda d, i, o: d.save_brighter(i, o)),
     ("warning", "ndvi", lambda d, i, o: d.say(i, "Pre_GSHH_NDVI", "65")),
@@ -260,6 +269,74 @@ def test_nothing_in_a_cell_makes_it_crash(clean_dir: Path) -> None:
         report = audit(long.sample(frac=1, replace=True, random_state=0), clean_dir, pixels=False)
         assert (report["severity"] == "error").any()
     assert audit(clean.drop(columns=["State", "target"]))["found"].tolist() == ["no column State, target"]
+
+
+def as_mpo(photo: PIL.Image.Image) -> bytes:
+    "A photograph with a smaller one behind it, as phones store depth and gain maps."
+    file = io.BytesIO()
+    photo.save(file, "MPO", save_all=True, append_images=[photo.resize((500, 250))])
+    return file.getvalue()
+
+
+def phone_files(jpeg: Path) -> dict[str, bytes]:
+    "What phones make of a photograph, all of it whole; and each of them cut in the picture."
+    data = jpeg.read_bytes()
+    with PIL.Image.open(jpeg) as photo:
+        small = io.BytesIO()
+        photo.resize((160, 80)).save(small, "JPEG")
+        thumbnail = small.getvalue()  # with an end marker of its own
+        exif = b"\xff\xe1" + (2 + len(thumbnail)).to_bytes(2, "big") + thumbnail
+        mpo = as_mpo(photo)
+    film = b"\0\0\0\x18ftypmp42" + NOISE * 8
+    whole = {"motion": data + film, "padding": data + bytes(8192), "mpo": mpo, "thumbnail": data[:2] + exif + data[2:]}
+    whole |= {"gain_map": data + data, "cut_behind": mpo[:-2000], "all": data[:2] + exif + data[2:] + data + film}
+    return whole
+
+
+def test_phone_photographs_are_whole_everywhere_and_cut_ones_nowhere(clean_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(clean_dir, tmp_path / "data")
+    data = Data(tmp_path / "data")
+    ids = sorted(data.long["sample_id"].str.split("__").str[0].unique())
+    for i, (name, content) in zip(ids, phone_files(data.path(ids[0])).items(), strict=False):
+        plain_HW3 = read_photo(clean_dir / f"train/{ids[0]}.jpg")
+        data.write(i, content)
+        check_photo_file(data.path(i))
+        if name not in ("mpo", "cut_behind"):  # saved again by PIL
+            np.testing.assert_array_equal(read_photo(data.path(i)), plain_HW3)
+        load_halves(data.path(i), 64)
+    report = audit_folder(data.folder)
+    assert set(report["severity"]) <= {"note", "warning"}
+    assert set(report.loc[report["severity"] == "warning", "check"]) <= {"near_copy"}  # they are all of one photograph
+    for i, content in zip(ids, phone_files(clean_dir / f"train/{ids[0]}.jpg").values(), strict=False):
+        data.write(i, content[:90_000])
+        with pytest.raises(ValueError, match="truncated"):
+            read_photo(data.path(i))
+    report = audit_folder(data.folder, pixels=False)
+    assert (report["check"] == "truncated").sum() == 7
+
+
+def test_names_that_differ_in_case_only_and_backslashes(clean_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(clean_dir, tmp_path / "data")
+    data = Data(tmp_path / "data")
+    first = sorted(data.long["sample_id"].str.split("__").str[0].unique())[0]
+    for path in (tmp_path / "data" / "train").iterdir():
+        path.rename(path.with_suffix(".JPG"))
+    case = f"{first}.JPG is there: names differ in case only; rename or edit the table"
+    finding = audit_folder(data.folder).set_index("check").loc["missing"]
+    assert case in finding["found"] and "none of its 48 photographs is there" in finding["found"]
+    for read in (read_photo, check_photo_file, lambda path: load_halves(path, 64)):
+        with pytest.raises(FileNotFoundError, match=case):
+            read(data.path(first))
+    with pytest.raises(FileNotFoundError, match="names differ in case only"):
+        check_photos(data.long, data.folder)
+    data.path(first).with_suffix(".JPG").rename(data.path(first))
+    data.long["image_path"] = data.long["image_path"].str.replace("/", "\\")
+    write_csv(data.long, data.folder / "train.csv")
+    windows = f"image_path uses backslashes; write train/{first}.jpg"
+    assert windows in audit_folder(data.folder).set_index("check").loc["missing", "found"]
+    with pytest.raises(FileNotFoundError) as stopped:
+        check_photos(data.long, data.folder)
+    assert windows in str(stopped.value)
 
 
 @pytest.mark.skipif("BIOMASS_DATA" not in os.environ, reason="BIOMASS_DATA names no folder with the real train.csv")

@@ -21,9 +21,10 @@ from patience import PATIENCE
 
 from biomass_lib import kernel
 from biomass_lib.demo import render_dataset
+from biomass_lib.files import file_facts
 from biomass_lib.models import cpu_has_bf16, create_model, save_weights
 from biomass_lib.predict import predict_masses
-from biomass_lib.submit import find_inputs, load_ensemble, make_submission, read_manifest
+from biomass_lib.submit import find_inputs, load_ensemble, make_submission, read_manifest, walk_folders
 from biomass_lib.targets import TARGETS
 
 ROOT = kernel.repo_root(Path(__file__).parent)
@@ -308,6 +309,9 @@ def test_two_data_folders_stop_with_the_tree(stage, tmp_path):
     inputs = mount(tmp_path / "input", "old", tmp_path / "data", stage / "weights")
     find_inputs(inputs)
     shutil.copytree(tmp_path / "data", inputs / "csiro-biomass-again")
+    find_inputs(inputs)  # the same tables: one input that is mounted twice
+    with (inputs / "csiro-biomass-again" / "sample_submission.csv").open("a") as file:
+        file.write("another,0\n")
     with pytest.raises(ValueError, match="exactly one folder with test.csv") as caught:
         find_inputs(inputs)
     for name in (
@@ -317,6 +321,127 @@ def test_two_data_folders_stop_with_the_tree(stage, tmp_path):
     ):
         assert name in str(caught.value)
     assert ".jpg" not in str(caught.value)
+
+
+# runs as a user to whom permissions apply: root may list everything
+SEARCHER = """
+import os, sys
+from biomass_lib.submit import find_inputs
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    os.listdir(sys.argv[1] + "/datasets/closed")
+except PermissionError:
+    pass
+else:
+    sys.exit("permissions do not apply here")
+print(*find_inputs(sys.argv[1]))
+"""
+
+
+def put_everything_in_the_way(inputs: Path) -> None:
+    "What may lie beside our inputs, at the same level as they and further down."
+    beside = inputs / "datasets"
+    for name in ("closed", "unreadable", "deep", "pipe", "gone", "large"):
+        (beside / name).mkdir(parents=True)
+    (beside / "unreadable" / "manifest.json").write_text("{}")
+    (beside / "deep" / "manifest.json").write_text('{"a": ' * 100_000)
+    os.mkfifo(beside / "pipe" / "manifest.json")
+    os.mkfifo(beside / "pipe" / "test.csv")
+    os.mkfifo(beside / "pipe" / "sample_submission.csv")
+    with (beside / "large" / "manifest.json").open("wb") as file:
+        file.truncate(11_000_000)
+    (beside / "itself").symlink_to("itself")
+    (beside / "above").symlink_to(inputs)
+    (beside / "nowhere").symlink_to(beside / "is" / "not" / "there")
+    os.mkdir(os.fsencode(beside) + b"/no utf-8 \xff")
+    (beside / "unreadable" / "manifest.json").chmod(0)
+    (beside / "closed").chmod(0)
+
+
+def test_what_lies_beside_the_inputs_is_passed_over_and_named(stage):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        os.chmod(folder, 0o755)
+        write_test_set(Path(folder) / "data", sorted(stage.glob("demo/t*/*.jpg")), 1)
+        inputs = mount(Path(folder) / "input", "new", Path(folder) / "data", stage / "weights")
+        put_everything_in_the_way(inputs)
+        try:
+            ran = subprocess.run(
+                [sys.executable, "-c", SEARCHER, str(inputs)], capture_output=True, text=True, timeout=200, cwd=ROOT
+            )
+        finally:
+            (inputs / "datasets" / "closed").chmod(0o755)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.splitlines()[-1].split() == [str(inputs / name) for name in LAYOUTS["new"]]
+        told = "\n".join(line for line in ran.stdout.splitlines() if line.startswith("passed over "))
+        for name, why in (
+            ("closed", "Permission denied"),
+            ("unreadable", "Permission denied"),
+            ("deep", "is not JSON"),
+            ("pipe", "no regular file"),
+            ("large", "has 11000000 bytes, more than"),
+            ("itself", "Too many levels of symbolic links"),
+            ("nowhere", "No such file"),
+        ):
+            line = next(
+                line for line in told.splitlines() if line.startswith(f"passed over {inputs}/datasets/{name}: ")
+            )
+            assert why in line
+
+
+def test_a_folder_that_goes_while_it_is_looked_for(stage, tmp_path):
+    write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 1)
+    inputs = mount(tmp_path / "input", "new", tmp_path / "data", stage / "weights")
+    (inputs / "zoo" / "deeper").mkdir(parents=True)
+    passed_over = {}
+    for folder, _ in walk_folders(inputs, passed_over=passed_over):
+        if folder == inputs / "competitions":
+            shutil.rmtree(inputs / "zoo")  # between the listing of its parent and its own
+    assert passed_over == {inputs / "zoo": "No such file or directory"}
+
+
+def test_inputs_that_are_mounted_twice_are_one(stage, bare_python, tmp_path):
+    write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 1)
+    inputs = mount(tmp_path / "input", "new", tmp_path / "data", stage / "weights")
+    shutil.copytree(tmp_path / "data", inputs / "csiro-biomass")
+    shutil.copytree(stage / "weights", inputs / "csiro-biomass-weights")
+    put_everything_in_the_way(inputs)
+    ran = rehearse(bare_python, stage / "inference.ipynb", inputs, tmp_path / "working")
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    told = (tmp_path / "working.ipynb").read_text(encoding="utf-8")
+    assert "holds the same manifest.json as" in told and "holds the same test.csv and sample_submission.csv as" in told
+    assert (tmp_path / "working" / "submission.csv").is_file()
+
+
+def test_a_damaged_sample_and_names_in_capitals_do_not_stop_the_kernel(stage, bare_python, tmp_path):
+    write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 50)
+    (tmp_path / "data" / "sample_submission.csv").write_bytes(b"id,target\nA,0\n")
+    path = sorted((tmp_path / "data" / "test").glob("*.jpg"))[7]
+    path.rename(path.with_suffix(".JPG"))
+    inputs = mount(tmp_path / "input", "new", tmp_path / "data", stage / "weights")
+    ran = rehearse(bare_python, stage / "inference.ipynb", inputs, tmp_path / "working")
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    told = (tmp_path / "working.ipynb").read_text(encoding="utf-8")
+    assert "not compared with test.csv, which decides alone" in told
+    assert f"{path.stem}.JPG is there: names differ in case only; rename or edit the table" in told
+    assert len(pd.read_csv(tmp_path / "working" / "submission.csv")) == 250
+
+
+def test_an_edited_manifest_removes_nothing(stage, tmp_path):
+    weights = tmp_path / "weights"
+    kernel.assemble_weights(stage / "runs" / "tiny", weights)
+    metadata = weights / "dataset-metadata.json"
+    shutil.copyfile(ROOT / "kaggle" / "weights" / "dataset-metadata.json", metadata)
+    mine = weights / "mine.safetensors"
+    mine.write_bytes(b"not of an assembly")
+    old = json.loads((weights / "manifest.json").read_text(encoding="utf-8"))
+    for name, entry in ((metadata.name, file_facts(metadata)), (mine.name, {})):
+        old["models"].append(old["models"][0] | {"file": name} | entry)
+        (weights / "manifest.json").write_text(json.dumps(old), encoding="utf-8")
+        kernel.assemble_weights(stage / "runs" / "tiny", weights)
+        assert metadata.is_file() and mine.is_file()
 
 
 def copy_repository(folder: Path) -> Path:

@@ -76,7 +76,8 @@ from biomass_lib.targets import TARGETS
 # ## The inputs
 #
 # Kaggle mounts inputs in more than one way, so we do not rely on a path: data and weights are found by what is in them. There must be
-# exactly one of each, else the notebook stops here and prints what it has found. Every weights file must have the size and the sha256 that the
+# exactly one of each, else the notebook stops here and prints what it has found; the same thing attached twice counts once, and what cannot be
+# read is passed over and named. Every weights file must have the size and the sha256 that the
 # manifest says; half an upload does not get further than this cell.
 
 # %%
@@ -95,7 +96,7 @@ models.drop(columns=["spec", "sha256"])
 # ## The devices
 #
 # That a GPU is listed does not mean that this torch can use it, so each has to do one small multiplication. Those that can share the
-# photographs. If none can, we say so and go on with the CPU.
+# photographs. If none can, we say so and go on with the CPU; if the last one fails later, the CPU takes over.
 
 # %%
 devices = pick_devices()
@@ -179,6 +180,6 @@ with only_a_picture():
         try:
             photo_HW3 = read_photo(data_dir / image_paths[image_id])
             ax.imshow(cv2.resize(photo_HW3, (400, 200), interpolation=cv2.INTER_AREA))
-        except (OSError, ValueError):
+        except Exception:  # whatever it is, it is one photograph
             ax.text(0.5, 0.5, "cannot be read", ha="center", va="center", transform=ax.transAxes, fontsize=8)
     plt.show()
