@@ -18,6 +18,7 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold
 
 from .files import write_csv
 from .tables import listed, read_text_csv
+from .text import figure_text
 
 # %% ../notebooks/05_folds.ipynb #2bdd3cc4
 FOLD_SCHEMES = ("date", "state_date", "clover_dead", "state_mix", "period", "state", "random")
@@ -321,7 +322,16 @@ def plot_state_bars(
     bottom = np.zeros(len(n_FS))
     for i, state in enumerate(n_FS):
         colour = STATE_COLOURS[i % len(STATE_COLOURS)]
-        axis.bar(n_FS.index, n_FS[state], 0.75, bottom, color=colour, label=state, edgecolor="white", linewidth=0.4)
+        axis.bar(
+            n_FS.index,
+            n_FS[state],
+            0.75,
+            bottom,
+            color=colour,
+            label=figure_text(state),
+            edgecolor="white",
+            linewidth=0.4,
+        )
         bottom += n_FS[state].to_numpy()
     for fold, n in table["Sampling_Date"].groupby(fold_N).nunique().items():
         axis.text(fold, bottom[fold], n, ha="center", va="bottom", fontsize=7, color="0.3")

@@ -59,6 +59,7 @@ from .predict import DEFAULT_VIEWS, VIEWS, check_views, predict_masses
 from .submit import MANIFEST_FORMAT, parse_manifest, read_manifest
 from .tables import read_train
 from .targets import TARGETS, weighted_r2
+from .text import markdown_text
 
 # %% ../notebooks/27_kernel.ipynb #a3e433f1
 def finished_folds(
@@ -415,12 +416,16 @@ def markdown_table(
     rows: list[dict[str, Any]],  # all with the same keys
     decimals: int = 3,  # of floats
 ) -> str:
-    "Dictionaries as a Markdown table; None is a dash."
+    "Dictionaries as a Markdown table, names letter by letter; None is a dash."
 
     def text(value: Any) -> str:
-        return "-" if value is None else f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+        return "-" if value is None else f"{value:.{decimals}f}" if isinstance(value, float) else markdown_text(value)
 
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    lines = [
+        list(map(markdown_text, rows[0])),
+        ["---"] * len(rows[0]),
+        *([text(value) for value in row.values()] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -428,7 +433,9 @@ def yaml_block(
     params: dict[str, Any],  # names and values
 ) -> str:
     "Parameters as they stand in a parameter file."
-    return f"```yaml\n{yaml.safe_dump(params, sort_keys=False, allow_unicode=True).rstrip()}\n```"
+    text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True).rstrip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in a name
+    return f"{fence}yaml\n{text}\n{fence}"
 
 
 def card_half(
@@ -441,9 +448,9 @@ def card_half(
     for name, run in manifest["runs"].items():
         found = run.get("half")
         lines.append(
-            f"- {name}: not measured, the training photographs were not there"
+            f"- {markdown_text(name)}: not measured, the training photographs were not there"
             if found is None
-            else f"- {name}: {found['half'] - found['full']:+.5f} (from {found['full']:.5f}) on {found['photographs']} photographs"
+            else f"- {markdown_text(name)}: {found['half'] - found['full']:+.5f} (from {found['full']:.5f}) on {found['photographs']} photographs"
         )
     return lines
 
@@ -468,7 +475,7 @@ def card_models(
     lines = [
         f"{len(entries)} networks that estimate the dry mass of pasture in grams on a quadrat of 70 x 30 cm from one photograph, 2:1, taken from above.",
         "Some of the five masses are learned, the others follow from sums and differences, never negative. The prediction is the weighted mean of the networks"
-        f" over the views {', '.join(manifest['views'])}"
+        f" over the views {', '.join(map(markdown_text, manifest['views']))}"
         + (", moved to the nearest masses that balance." if manifest["projection"] else "."),
         "",
         markdown_table(rows),
@@ -479,7 +486,12 @@ def card_models(
     ]
     for name, run in manifest["runs"].items():
         if len(manifest["runs"]) > 1:
-            lines += ["", f"Of {name} only, which has {run['weight']:.3f} of the whole:", "", yaml_block(run["params"])]
+            lines += [
+                "",
+                f"Of {markdown_text(name)} only, which has {run['weight']:.3f} of the whole:",
+                "",
+                yaml_block(run["params"]),
+            ]
     lines += card_half(manifest)
     if mean_g:
         named = ", ".join(f"{name} {grams:.1f} g" for name, grams in zip(TARGETS, mean_g, strict=True))
@@ -487,6 +499,13 @@ def card_models(
     return "\n".join(lines)
 
 # %% ../notebooks/27_kernel.ipynb #d056484e
+def _without_tags(
+    text: str,  # Markdown of a report, perhaps of an earlier version, which took names as they are
+) -> str:
+    "Keep emphasis; show tags and links as they are written."
+    return " ".join(text.split()).replace("<", "&#60;").replace("[", "&#91;")
+
+
 def card_scores(
     report: dict[str, Any] | None,  # as from read_report
     missing: str = "",  # why there is none
@@ -499,9 +518,9 @@ def card_scores(
         {"prediction": name} | {key: row.get(key) for key in names} | {"note": row.get("note") or ""}
         for name, row in report["ladder"].items()
     ]
-    states = ", ".join(f"{name} {count}" for name, count in data["States"].items())
+    states = ", ".join(f"{markdown_text(name)} {count}" for name, count in data["States"].items())
     lines = [
-        report["verdict"],
+        _without_tags(report["verdict"]),
         "",
         f"Judged on {data['photographs']} photographs of {data['visits']} visits on {data['dates']} dates ({states}), {len(data['excluded'])} excluded.",
         "Each was predicted by the one network that had not seen its fold; all predictions are scored together by the competition's weighted R2.",
@@ -545,7 +564,7 @@ def card_limits(
     report: dict[str, Any] | None,  # as from read_report
 ) -> str:
     "Where not to trust the models."
-    lines = [] if report is None else list(report["warnings"])
+    lines = [] if report is None else list(map(_without_tags, report["warnings"]))
     if report is not None and report["data"].get("demo"):
         lines.insert(0, "Trained on photographs that a program drew. **They know nothing about real pasture.**")
     return "\n".join(f"- {line[:1].upper()}{line[1:]}" for line in (*lines, *LIMITS))
@@ -558,7 +577,7 @@ def card_licence(
     "The licence that the dataset is published under, and whose other rights come with the weights."
     try:
         metadata = json.loads((Path(out) / "dataset-metadata.json").read_text(encoding="utf-8"))
-        text = f"These weights: {metadata['licenses'][0]['name']}."
+        text = f"These weights: {markdown_text(metadata['licenses'][0]['name'])}."
     except (OSError, ValueError, KeyError, IndexError):
         text = "These weights: not said; dataset-metadata.json would name a licence."
     all_params = [manifest["params"] | run["params"] for run in manifest["runs"].values()]
@@ -567,7 +586,7 @@ def card_licence(
 
         found = timm.get_pretrained_cfg(backbone)
         licence = (found and found.license) or "not named by timm: look it up"
-        text += f" They were fine-tuned from weights of {backbone}, whose licence goes along: {licence}."
+        text += f" They were fine-tuned from weights of {markdown_text(backbone)}, whose licence goes along: {markdown_text(licence)}."
     return text + " The photographs are not in here; their own terms are those of the place they come from."
 
 # %% ../notebooks/27_kernel.ipynb #432ca4af
@@ -588,7 +607,9 @@ def model_card(
     out: str | Path = "kaggle/weights",  # for the licence
 ) -> str:  # Markdown
     "The model card; the same text for the same runs."
-    scores = [(f"### {name}\n\n" if len(reports) > 1 else "") + card_scores(*reports[name]) for name in reports]
+    scores = [
+        (f"### {markdown_text(name)}\n\n" if len(reports) > 1 else "") + card_scores(*reports[name]) for name in reports
+    ]
     limits = {line: "" for report, _ in reports.values() for line in card_limits(report).splitlines()}  # each once
     sections = {
         "What this is": card_models(manifest),
@@ -598,7 +619,7 @@ def model_card(
         "Use": USE,
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return f"# Model card: {manifest['experiment']}\n\nWritten by `biomass_weights`; edits are lost.\n\n{body}\n"
+    return f"# Model card: {markdown_text(manifest['experiment'])}\n\nWritten by `biomass_weights`; edits are lost.\n\n{body}\n"
 
 # %% ../notebooks/27_kernel.ipynb #d0a75393
 def half_change(

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from .backbones import add_lora, create_backbone, drop_head, layer_numbers, merged_state, patch_size
-from .backbones import token_map, whole_patches
+from .backbones import read_state, state_differences, token_map, whole_patches
 from .files import replace_atomically, temporary_path, write_file
 from .heads import AuxHeads, Film, Fusion, MassHeads, TokenPool
 from .targets import TARGETS
@@ -352,10 +352,11 @@ def load_model(
     spec = spec or json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["spec"]
     check_spec(path, spec)
     model = create_model(**spec)
-    try:
-        model.load_state_dict(load_file(path), strict=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} does not hold the weights of {spec}: {error}") from error
+    state = read_state(path)
+    different = state_differences(model.state_dict(), state)
+    if different:
+        raise ValueError("\n".join([f"{path} does not hold the weights of {spec}:", *different]))
+    model.load_state_dict(state, strict=True)
     return model.eval()
 
 # %% ../notebooks/13_models.ipynb #db8d1202

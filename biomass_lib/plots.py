@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .evaluate import pooled_scores
 from .targets import TARGETS
+from .text import figure_text
 
 # %% ../notebooks/25_plots.ipynb #3a7152f7
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -60,7 +61,7 @@ def scatter_panel(
         x, y = oof.loc[here, name], oof.loc[here, f"{name}_pred"]
         if ends_2N is not None:
             axis.vlines(x, *ends_2N[:, here], color=style["color"], linewidth=0.6, alpha=0.3)
-        axis.scatter(x, y, s=14, alpha=0.85, linewidths=0, label=group, clip_on=False, zorder=4, **style)
+        axis.scatter(x, y, s=14, alpha=0.85, linewidths=0, label=figure_text(group), clip_on=False, zorder=4, **style)
     axis.set(xlim=(0, top), ylim=(0, top), xlabel="measured, g", ylabel="predicted, g", aspect="equal")
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.yaxis.set_major_locator(MaxNLocator(4))
@@ -94,7 +95,11 @@ def plot_ladder(
         colour, marker = (COLOURS[0], "o") if name.startswith("model") else ("0.45", "D" if name == "ceiling" else "s")
         axis.hlines(row, line["low"], line["high"], color=colour, linewidth=2.2)
         axis.plot(line["score"], row, marker=marker, color=colour, markersize=6)
-    axis.set(yticks=range(len(table)), yticklabels=table.index, xlabel="score, with its interval")
+    axis.set(
+        yticks=range(len(table)),
+        yticklabels=[figure_text(name) for name in table.index],
+        xlabel="score, with its interval",
+    )
     axis.set_xlim(max(-0.5, table[["low", "score"]].min().min() - 0.03), 1)
     axis.grid(axis="x", color="0.9", zorder=0)
     axis.set_axisbelow(True)
@@ -145,7 +150,7 @@ def plot_residuals(
         right.scatter(place, error[here], s=14, alpha=0.6, linewidths=0, **style)
         right.hlines(error[here].mean(), column - 0.32, column + 0.32, color="0.1", linewidth=2)
     left.set(xlabel="measured total, g", ylabel="predicted - measured, g")
-    right.set(xticks=range(len(styles)), xticklabels=list(styles), xlabel=by)
+    right.set(xticks=range(len(styles)), xticklabels=[figure_text(name, 20) for name in styles], xlabel=by)
     for axis in (left, right):
         axis.axhline(0, color="0.7", linewidth=1, zorder=0)
         tidy(axis)
@@ -166,7 +171,7 @@ def plot_group_errors(
         place = row + rng.uniform(-0.2, 0.2, here.sum())
         axis.scatter(error[here], place, s=9, alpha=0.55, linewidths=0, color=COLOURS[0])
         axis.vlines(error[here].mean(), row - 0.38, row + 0.38, color=COLOURS[1], linewidth=2)
-    texts = [f"{name if len(str(name)) <= 22 else str(name)[:20] + '…'} ({(oof[by] == name).sum()})" for name in names]
+    texts = [f"{figure_text(name, 22)} ({(oof[by] == name).sum()})" for name in names]
     axis.set(yticks=range(len(names)), ylim=(len(names) - 0.4, -0.6))
     axis.set_yticklabels(texts, fontsize=7 if len(names) > 12 else 8)
     axis.set_title(by.replace("_", " "), fontsize=10, loc="left")

@@ -7,14 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import cv2
+import mistune
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from patience import PATIENCE
 
 from biomass_lib.demo import render_dataset
@@ -246,3 +251,104 @@ def test_model_card_says_what_the_report_says(copy: Path):
     (run / "report.json").unlink()
     command(copy, "biomass_weights", "runs/tiny", "--out", "weights")
     assert "Not known: the run has no report.json" in (copy / "weights/README.md").read_text(encoding="utf-8")
+
+
+HOSTILE = (
+    '</td></table><meta http-equiv="refresh" content="0; url=SERVER"><img src="SERVER">$\\frac{$ **b** [a](SERVER) |`'
+)
+
+
+def hostile(letter: str, server: str) -> str:
+    "A name that leads to a server, if a page obeys it."
+    return letter + HOSTILE.replace("SERVER", server)
+
+
+class Visits(BaseHTTPRequestHandler):
+    "Keeps what is asked for."
+
+    def do_GET(self) -> None:
+        self.server.visits.append(self.path)
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *given: object) -> None:
+        "Say nothing."
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ThreadingHTTPServer]:
+    "A stranger's page on this machine."
+    with ThreadingHTTPServer(("127.0.0.1", 0), Visits) as server:
+        server.visits = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory: pytest.TempPathFactory, server: ThreadingHTTPServer) -> tuple[Path, list[str]]:
+    "A reported run on a table whose names are HTML, Markdown and broken formulas; and these names."
+    home, link = tmp_path_factory.mktemp("strange"), f"http://127.0.0.1:{server.server_port}/"
+    render_dataset(home / "demo", n_train=12, n_test=2, seed=0)
+    (home / "demo/demo.json").unlink()  # whose truth knows the photographs by their old names
+    table = pd.read_csv(home / "demo/train.csv", dtype=str)
+    state, species, image = hostile("S", link), hostile("P", link), "I<meta http-equiv=refresh content=0>$x^$"
+    table["State"] = table["State"].replace(table["State"][0], state)
+    table["Species"] = table["Species"].replace(table["Species"][0], species)
+    for number, image_id in ((0, image), (30, f"{image}excluded")):
+        here = table["image_path"] == table["image_path"][number]
+        table.loc[here, "sample_id"] = image_id + "__" + table.loc[here, "target_name"]
+    table.to_csv(home / "demo/train.csv", index=False)
+    experiment = "E<meta http-equiv=refresh content=0>**b**$^"
+    given = TINY | {"experiment": experiment, "n_folds": 2, "exclude": [f"{image}excluded"]}
+    (home / "tiny.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    run = f"runs/{experiment}"
+    commands = (("folds", "tiny.yaml", "--jobs", "2"), ("report", run), ("weights", run, "--out", "weights"))
+    for name, *arguments in commands:
+        status, said = command(home, f"biomass_{name}", *arguments)
+        assert status == 0, said
+    return home, [state, experiment, f"{image}excluded"]
+
+
+def shown_text(html: str) -> str:
+    "What a reader of a page sees, apart from how it looks."
+    parser = HTMLParser(convert_charrefs=True)
+    parts: list[str] = []
+    parser.handle_data = parts.append
+    parser.feed(html)
+    return "".join(parts)
+
+
+def test_names_stay_text_in_the_report(strange: tuple[Path, list[str]]):
+    home, names = strange
+    html = next(home.glob("runs/*/report.html")).read_text(encoding="utf-8")
+    page, text = Page(html), shown_text(html)
+    assert [name for name in names if name not in text] == []
+    assert len(page.all("img")) == FIGURES and all(picture["src"].startswith("data:") for picture in page.all("img"))
+    assert [meta.get("http-equiv") for meta in page.all("meta")] == [None, "Content-Security-Policy", None]
+    assert not [link for link in page.all("a") if not link["href"].startswith("#")]
+    assert "form-action 'none'; base-uri 'none'" in html
+
+
+def test_names_stay_text_in_the_model_card(strange: tuple[Path, list[str]]):
+    home, names = strange
+    card = (home / "weights/README.md").read_text(encoding="utf-8")
+    pages = mistune.create_markdown(escape=False, plugins=["table"])(card)
+    for html in (pages, MarkdownIt("commonmark", {"html": True}).enable("table").render(card)):
+        assert [name for name in names if name not in shown_text(html)] == []
+        assert not {tag for tag, _ in Page(html).tags} & {"meta", "img", "script", "a"}
+
+
+@needs_chromium
+def test_names_lead_nowhere_in_a_browser(strange: tuple[Path, list[str]], server: ThreadingHTTPServer, tmp_path: Path):
+    "The report asks for nothing; the same page with the name of a State as it is does, so the check can fail."
+    home, names = strange
+    report = next(home.glob("runs/*/report.html"))
+    plain = tmp_path / "report.html"
+    plain.write_bytes(report.read_bytes())
+    worse = tmp_path / "worse.html"
+    worse.write_text(plain.read_text(encoding="utf-8").replace("<h1", f"{names[0]}<h1", 1), encoding="utf-8")
+    assert console(browse(plain, tmp_path, "--virtual-time-budget=5000", "--dump-dom")) == []
+    assert server.visits == []
+    browse(worse, tmp_path, "--virtual-time-budget=5000", "--dump-dom")
+    assert server.visits != []

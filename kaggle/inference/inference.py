@@ -176,7 +176,8 @@ with only_a_picture():
         total, green, dead, clover = predicted.loc[
             image_id, ["Dry_Total_g", "Dry_Green_g", "Dry_Dead_g", "Dry_Clover_g"]
         ]
-        ax.set_title(f"{image_id}: {total:.0f} g\ngreen {green:.0f}, dead {dead:.0f}, clover {clover:.0f}", fontsize=8)
+        masses = f"{image_id}: {total:.0f} g\ngreen {green:.0f}, dead {dead:.0f}, clover {clover:.0f}"
+        ax.set_title(masses, fontsize=8, parse_math=False)
         try:
             photo_HW3 = read_photo(data_dir / image_paths[image_id])
             ax.imshow(cv2.resize(photo_HW3, (400, 200), interpolation=cv2.INTER_AREA))
