@@ -1,0 +1,77 @@
+"Loading when shared memory is small, when a batch never comes, and when a worker is killed."
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from patience import PATIENCE
+
+from biomass_lib.config import Config, config_to_yaml, smoke_config
+from biomass_lib.dataset import HalvesDataset, make_loader
+from biomass_lib.demo import render_dataset
+from biomass_lib.tables import read_train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    render_dataset(folder / "demo", n_train=24, n_test=2, seed=0)
+    return folder
+
+
+class Stuck(HalvesDataset):
+    "A photograph that takes for ever."
+
+    def __getitem__(self, row: int) -> dict:
+        time.sleep(PATIENCE)
+
+
+class Victim(HalvesDataset):
+    "A photograph for which the system finds no memory."
+
+    def __getitem__(self, row: int) -> dict:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Stuck, "no batch within 1 s"), (Victim, "a worker was killed")])
+def test_a_lost_batch_is_an_error_that_says_what_to_do(home: Path, kind: type, words: str):
+    loader = make_loader(kind(read_train(home / "demo"), home / "demo", 64), 4, False, workers=1, patience=1)
+    with pytest.raises(RuntimeError, match=f"loading: {words}.*set workers to 0"):
+        next(iter(loader))
+
+
+def mounts() -> bool:
+    "Whether file systems of our own can be mounted here."
+    if not shutil.which("unshare"):
+        return False
+    return not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+
+
+@pytest.mark.skipif(not mounts(), reason="no user namespaces here, so no small /dev/shm can be mounted")
+def test_small_shared_memory_is_said_and_changes_no_number(home: Path):
+    "A /dev/shm of 4 MB for batches of 3.1 MB, as docker's 64 MB are for those of the defaults."
+    config, _ = smoke_config(Config(cache_dir=""), home / "demo")
+    config = dataclasses.replace(config, img_size=256, batch_size=8, workers=2)
+    (home / "p.yaml").write_text(config_to_yaml(config))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "biomass_lib.train", "p.yaml", "-p", "experiment"]
+    mount = 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$0" "$@"'
+    said = {}
+    for name, before in (("enough", []), ("little", ["unshare", "-rm", "bash", "-c", mount])):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": PATIENCE}
+        done = subprocess.run([*before, *command, name], cwd=home, env=environment, **pipes)
+        assert done.returncode == 0, done.stdout
+        said[name] = done.stdout
+    assert "/dev/shm has 2 MB for batches of 3 MB: the training process loads by itself" in said["little"]
+    assert "/dev/shm" not in said["enough"]
+    curves = [pd.read_csv(home / f"runs/{name}/fold0/metrics.csv") for name in said]
+    assert curves[0].equals(curves[1])
