@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIX_DRAW', 'STAND_IN', 'AHEAD', 'SHARED_MEMORY', 'table_masses', 'photo_digests', 'HalvesDataset', 'EpochSampler',
-           'RankBatches', 'quiet_worker', 'stack_items', 'free_shared_memory', 'fit_workers', 'make_loader']
+           'RankBatches', 'quiet_worker', 'stack_items', 'free_shared_memory', 'fit_workers', 'lost_batches',
+           'make_loader']
 
 # %% ../notebooks/10_dataset.ipynb #6972fc00
 import hashlib
@@ -12,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -187,7 +189,6 @@ def stack_items(
         "index": torch.tensor([item["index"] for item in items]),
     }
 
-
 # %% ../notebooks/10_dataset.ipynb #217cc672
 AHEAD = 4  # batches that each worker prepares
 SHARED_MEMORY = "/dev/shm"
@@ -199,7 +200,8 @@ def free_shared_memory() -> float:  # bytes; infinity where there is no /dev/shm
         found = os.statvfs(SHARED_MEMORY)
     except OSError:
         return math.inf
-    return found.f_bavail * found.f_frsize / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * int(os.environ.get("BIOMASS_JOBS", 1))
+    return found.f_bavail * found.f_frsize / 2 / sharers
 
 
 def fit_workers(
@@ -230,23 +232,29 @@ def _little_memory(
     needs = f"{free / 1e6:.0f} MB for batches of {batch_bytes / 1e6:.0f} MB"
     return f"{SHARED_MEMORY} has {needs}: {instead} (more room: docker run --shm-size 4g)"
 
-
 # %% ../notebooks/10_dataset.ipynb #ac062395
+@contextmanager
+def lost_batches() -> Iterator[None]:
+    "Turn torch's errors for lost batches and killed workers into a RuntimeError that says what to do."
+    try:
+        yield
+    except RuntimeError as error:
+        found = str(error).splitlines()[0] if str(error) else ""
+        late = "DataLoader timed out" in found
+        if not late and "exited unexpectedly" not in found and "is killed by signal" not in found:
+            raise
+        raise RuntimeError(
+            f"loading: {'a batch did not come in time' if late else 'a worker was killed'}; {SHARED_MEMORY} or the memory "
+            f"may be too small: set workers to 0, or give more room (docker run --shm-size 4g). Found: {found}"
+        ) from error
+
+
 class _PatientLoader(DataLoader):
-    "A loader whose lost batches and workers are errors that say what to do."
+    "A loader whose lost batches are errors that say what to do."
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        try:
+        with lost_batches():
             yield from super().__iter__()
-        except RuntimeError as error:
-            lost = "DataLoader timed out" in str(error)
-            if not lost and "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
-                raise
-            what = f"no batch within {self.timeout:.0f} s" if lost else "a worker was killed"
-            raise RuntimeError(
-                f"loading: {what}; {SHARED_MEMORY} or the memory may be too small: set workers to 0, or give more room "
-                f"(docker run --shm-size 4g). Found: {str(error).splitlines()[0]}"
-            ) from error
 
 
 def make_loader(
@@ -284,4 +292,3 @@ def make_loader(
         timeout=patience if workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
-

@@ -402,7 +402,7 @@ def read_report(
         return None, f"the run has no report.json; {remedy} write the scores here"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        judged = [(model["fold"], model["epoch"], round(model["score"], 6)) for model in report["models"]]
+        judged = [(model["fold"], model["epoch"], round(model["score"] or 0, 6)) for model in report["models"]]
     except (ValueError, KeyError, TypeError):
         return None, f"the run's report.json cannot be read; {remedy} write it anew"
     entries = [entry for entry in manifest["models"] if entry["run"] == run_name(run_dir)]

@@ -332,10 +332,11 @@ def plot_history(
         if history["stage"].nunique() > 1:
             axis.axvline(history.loc[history["stage"] == 1, "epoch"].max() + 0.5, color="0.5", linestyle=":")
     axes[0].legend(["training", "held out"], frameon=False)
-    axes[1].set_ylim(max(-1, history["val/score"].min() - 0.05), 1)
-    axes[1].plot(kept, score, "o", color="#D55E00", markersize=8)
-    below = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-    axes[1].annotate(f"kept: {score:.3f}", (kept, score), **below)
+    if pd.notna(score):  # it is not defined where the held-out truth has no spread
+        axes[1].set_ylim(max(-1, history["val/score"].min() - 0.05), 1)
+        axes[1].plot(kept, score, "o", color="#D55E00", markersize=8)
+        below = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        axes[1].annotate(f"kept: {score:.3f}", (kept, score), **below)
     axes[2].set_yscale("log")
     axes[3].set_xlabel("epoch (dotted: the backbone thaws)")
     axes[3].xaxis.set_major_locator(MaxNLocator(10, integer=True))

@@ -37,7 +37,7 @@ from biomass_lib.checkpoint import (
     storable,
 )
 from .config import OF_THE_BOX, Config
-from .dataset import STAND_IN, make_loader
+from .dataset import STAND_IN, lost_batches, make_loader
 from .files import file_sha256, remove_abandoned, replace_atomically
 from .logs import RunLog, StepClock
 from .losses import AuxLoss, MassLoss
@@ -98,7 +98,7 @@ class Progress:
     sums_7: torch.Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))  # see `train_step`
     skipped: int = 0  # steps left out in this epoch
     in_a_row: int = 0  # of them, the last ones without a good step between
-    best_score: float = -math.inf
+    best_score: float = -math.inf  # minus the held-out loss where the score is not defined
     best_epoch: int = 0
     best_sha256: dict[str, str] = field(default_factory=dict)  # of its two files, by suffix
     best_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # held-out masses at the best epoch
@@ -286,7 +286,9 @@ def validate(
     t: Training,
     loader: DataLoader,  # without augmentation
 ) -> tuple[dict[str, float], np.ndarray]:  # logged values, and mass_N5 in the order of the table
-    "Loss, official score and per-target R2 of a held-out set. Raises FloatingPointError for predictions that are not finite."
+    """Measure loss, official score and per-target R2 of a held-out set; a score that is not defined is NaN.
+
+    Raises FloatingPointError for predictions that are not finite."""
     t.model.eval()
     same_buffers(t.model)
     rows, preds = [], []
@@ -305,7 +307,8 @@ def validate(
     mass_N5 = pred_N5.double().numpy()
     r2 = r2_per_target(true_N5.numpy(), mass_N5)
     names = ("Dry_Total_g", "GDM_g", "Dry_Green_g", "Dry_Dead_g", "Dry_Clover_g")
-    row = {"val/loss": loss.item(), "val/score": weighted_r2(true_N5.numpy(), mass_N5)}
+    defined = len(torch.unique(true_N5)) > 1  # a held-out visit of bare quadrats has no spread to explain
+    row = {"val/loss": loss.item(), "val/score": weighted_r2(true_N5.numpy(), mass_N5) if defined else math.nan}
     return row | {f"val/r2_{name.removeprefix('Dry_').removesuffix('_g').lower()}": r2[name] for name in names}, mass_N5
 
 # %% ../notebooks/21_loop.ipynb #55650d3c
@@ -474,14 +477,17 @@ def run_epoch(
     with used.applied(t.model) if used else nullcontext():
         valid_row, mass_N5 = validate(t, valid_loader)
         p.last_N5 = torch.from_numpy(mass_N5)
-        if valid_row["val/score"] > p.best_score:
-            p.best_score, p.best_epoch, p.best_N5 = valid_row["val/score"], p.epoch, p.last_N5
+        score = valid_row["val/score"]
+        merit = -valid_row["val/loss"] if math.isnan(score) else score
+        if merit > p.best_score:
+            p.best_score, p.best_epoch, p.best_N5 = merit, p.epoch, p.last_N5
             if is_main():
                 best = t.best_file(p.epoch)
-                save_weights(t.model, best, t.guard, epoch=p.epoch, score=p.best_score, **meta)
+                save_weights(t.model, best, t.guard, epoch=p.epoch, score=None if math.isnan(score) else score, **meta)
                 p.best_sha256 = {path.suffix: file_sha256(path) for path in (best, best.with_suffix(".json"))}
     place = {"epoch": p.epoch, "stage": plan[p.epoch - 1]}
-    t.log.epoch(place | row | valid_row, place | speed, (p.best_epoch, p.best_score))
+    best_score = math.nan if math.isnan(valid_row["val/score"]) else p.best_score
+    t.log.epoch(place | row | valid_row, place | speed, (p.best_epoch, best_score))
     zeros_7 = torch.zeros_like(p.sums_7)
     t.progress = dataclasses.replace(p, epoch=p.epoch + 1, step=0, sums_7=zeros_7, skipped=0)
     save_training(t)
@@ -538,7 +544,8 @@ def fit(
         layers = trained_layers(config, t.progress.epoch, depth)
         if layers != opened:
             loaders, opened = open_stage(t, layers, train_loader, valid_loader), layers
-        run_epoch(t, *loaders, **meta)
+        with lost_batches():
+            run_epoch(t, *loaders, **meta)
     best = t.best_file(t.progress.best_epoch)
     if is_main():
         check_kept(t)

@@ -116,7 +116,8 @@ def plot_curves(
     panels = {"train/loss": "training loss", "val/loss": "held-out loss", "val/score": "held-out score"}
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
         for (fold, curve), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
-            best = curve["val/score"].idxmax()
+            merit = curve["val/score"].fillna(-curve["val/loss"])  # a fold of bare quadrats has no score
+            best = merit.idxmax()
             axis.plot(curve["epoch"], curve[column], color=colour, linewidth=1.3, label=f"fold {fold}")
             axis.plot(curve["epoch"][best], curve[column][best], "o", color=colour, markersize=4)
         thaws = {
@@ -128,7 +129,7 @@ def plot_curves(
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         tidy(axis)
-    lowest = min(curve["val/score"].min() for curve in curves.values())
+    lowest = pd.concat([curve["val/score"] for curve in curves.values()]).fillna(0).min()
     axes[2].set_ylim(max(-1, lowest - 0.05), 1)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=9)
     return figure

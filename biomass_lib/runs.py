@@ -134,7 +134,8 @@ def fold_line(
 ) -> str:
     "One line about a fold that ended well. Raises ValueError as `read_done` does."
     done = read_done(run_dir / f"fold{fold}")
-    return f"fold {fold}: score {done['score']:.3f}, epoch {done['epoch']}, {done['seconds']:.0f} s"
+    score = "not defined" if done["score"] is None else f"{done['score']:.3f}"
+    return f"fold {fold}: score {score}, epoch {done['epoch']}, {done['seconds']:.0f} s"
 
 
 def failure_lines(
@@ -282,13 +283,16 @@ def run_folds(
     work.skip_done(" (done before)")
     if work.waiting:
         work.slots = job_slots(jobs, visible_devices())
-    threads = max(1, (os.cpu_count() or 1) // len(work.slots)) if len(work.slots) > 1 else None
+    count = max(1, len(work.slots))  # of jobs, which share cores and memory
+    threads = max(1, (os.cpu_count() or 1) // count) if count > 1 else None
     try:
         while work.waiting or work.running:
             while work.slots and (found := work.claim_next()):
                 fold, lease = found
                 slot = work.slots.pop(0)
-                given = {HANDED: lease.id} | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
+                given = {HANDED: lease.id, "BIOMASS_JOBS": str(count)} | (
+                    {"CUDA_VISIBLE_DEVICES": slot} if slot else {}
+                )
                 child = start_fold_process(fold, params_yaml, overrides, run_dir, source, threads, **given)
                 work.running[fold] = child, lease, slot
             time.sleep(0.2)

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from patience import PATIENCE
 
+from biomass_lib import loop, train
 from biomass_lib.config import Config, config_to_yaml, smoke_config
 from biomass_lib.dataset import HalvesDataset, make_loader
 from biomass_lib.demo import render_dataset
+from biomass_lib.supervise import descendants
 from biomass_lib.tables import read_train
 
 ROOT = Path(__file__).parent.parent
@@ -42,11 +45,27 @@ class Victim(HalvesDataset):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("kind", "words"), [(Stuck, "no batch within 1 s"), (Victim, "a worker was killed")])
+@pytest.mark.parametrize(("kind", "words"), [(Stuck, "a batch did not come in time"), (Victim, "a worker was killed")])
 def test_a_lost_batch_is_an_error_that_says_what_to_do(home: Path, kind: type, words: str):
     loader = make_loader(kind(read_train(home / "demo"), home / "demo", 64), 4, False, workers=1, patience=1)
     with pytest.raises(RuntimeError, match=f"loading: {words}.*set workers to 0"):
         next(iter(loader))
+
+
+def test_a_worker_killed_between_batches(home: Path, monkeypatch: pytest.MonkeyPatch):
+    "Torch raises its error in the middle of whatever the training does then."
+    config, _ = smoke_config(Config(runs_dir=str(home / "runs"), experiment="killed", cache_dir=""), home / "demo")
+    config, train_step = dataclasses.replace(config, workers=1), loop.train_step
+
+    def killing_step(*given) -> torch.Tensor:
+        os.kill(descendants(os.getpid())[-1], signal.SIGKILL)
+        for _ in range(PATIENCE):
+            time.sleep(1)  # ends as soon as the signal of the dead worker arrives
+        return train_step(*given)
+
+    monkeypatch.setattr(loop, "train_step", killing_step)
+    with pytest.raises(RuntimeError, match="loading: a worker was killed.*set workers to 0"):
+        train.train_fold(config)
 
 
 def mounts() -> bool:

@@ -13,10 +13,15 @@ import torch
 from torch import nn
 
 from biomass_lib import logs, loop, train
+from biomass_lib.claims import read_done
 from biomass_lib.config import Config, smoke_config
 from biomass_lib.demo import render_dataset
+from biomass_lib.evaluate import masses_of, read_oof, scores
+from biomass_lib.files import write_csv
+from biomass_lib.kernel import assemble_weights
 from biomass_lib.models import create_model, load_model
-from biomass_lib.tables import read_train
+from biomass_lib.runs import fold_line, make_report
+from biomass_lib.tables import TRAIN_COLUMNS, read_text_csv, read_train
 from biomass_lib.targets import TARGETS
 
 
@@ -278,3 +283,27 @@ def test_compiled_training_is_the_same_training(settings, tmp_path):
         assert (losses[0] - losses[1]).abs().max() < 1e-3
         kept = [load_model(folder / "weights.safetensors").state_dict() for folder in (plain, compiled)]
         assert kept[0].keys() == kept[1].keys()
+
+
+def test_a_fold_without_a_score_of_its_own(settings, tmp_path, capsys):
+    "A held-out visit of bare quadrats: trained, kept by its loss, judged with the others."
+    data = tmp_path / "bare"
+    shutil.copytree(settings.data_dir, data)
+    table = read_text_csv(data / "train.csv", TRAIN_COLUMNS)
+    config = dataclasses.replace(settings, data_dir=str(data), runs_dir=str(tmp_path / "runs"), cache_dir="", n_folds=3)
+    fold_N = train.prepare_fold(config).fold_N
+    held = set(train.prepare_fold(config).table["image_id"][fold_N == 0])
+    table.loc[table["sample_id"].str.partition("__")[0].isin(held), "target"] = "0"
+    write_csv(table, data / "train.csv")
+    folders = [train.train_fold(dataclasses.replace(config, fold=fold)) for fold in (0, 1, 2)]
+    assert "its own score is not defined" in capsys.readouterr().out
+    done = [read_done(folder) for folder in folders]
+    assert done[0]["score"] is None and done[0]["last_score"] is None and done[1]["score"] is not None
+    history = pd.read_csv(folders[0] / "metrics.csv").set_index("epoch")
+    assert history["val/score"].isna().all() and done[0]["epoch"] == history["val/loss"].idxmin()
+    assert json.loads((folders[0] / "weights.json").read_text())["score"] is None
+    assert np.isfinite(scores(*masses_of(read_oof(folders[0].parent)))["score"])
+    manifest = assemble_weights(folders[0].parent, tmp_path / "weights")
+    assert [entry["score"] is None for entry in manifest["models"]] == [True, False, False]
+    assert fold_line(0, folders[0].parent).startswith("fold 0: score not defined, epoch ")
+    assert np.isfinite(make_report(folders[0].parent).loc["model", "score"])
