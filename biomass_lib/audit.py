@@ -46,6 +46,7 @@ from biomass_lib.images import (
     jpeg_header,
     missing_hint,
 )
+from .command import command, user_path
 from .files import write_csv
 from .tables import ABOUT, TRAIN_COLUMNS, check_columns, listed, read_text_csv
 from .targets import PRIMARY, TARGETS
@@ -865,23 +866,23 @@ def audit_counts(
     return pd.DataFrame({"value": counts})
 
 # %% ../notebooks/08_audit.ipynb #01566f22
+@command("biomass_audit")
 def audit_main(
     argv: list[str] | None = None,  # None: from the command line
 ) -> None:
     "biomass_audit: print what is wrong with a data folder; exit status 1 when there are errors."
     parser = argparse.ArgumentParser("biomass_audit", description="Look for all that is wrong with a data folder.")
-    parser.add_argument("data_dir", help="the folder that holds train.csv")
+    parser.add_argument("data_dir", type=user_path, help="the folder that holds train.csv")
     parser.add_argument("--no-pixels", action="store_true", help="tables and files only, no decoding; much faster")
     parser.add_argument("--no-photos", action="store_true", help="tables only, where no photographs are at hand")
-    parser.add_argument("--csv", metavar="FILE", help="write the whole report as a table")
+    parser.add_argument("--csv", type=user_path, metavar="FILE", help="write the whole report as a table")
     args = parser.parse_args(argv)
-    try:
-        long = read_text_csv(Path(args.data_dir) / "train.csv", TRAIN_COLUMNS)
-        report = audit(long, None if args.no_photos else args.data_dir, not args.no_pixels)
-        if args.csv:
-            write_csv(report, args.csv)
-    except (ValueError, OSError) as error:
-        sys.exit(f"biomass_audit: {error}")
+    if args.csv and Path(args.csv).is_dir():
+        raise ValueError(f"--csv {args.csv} is a folder: name a file in it")
+    long = read_text_csv(Path(args.data_dir) / "train.csv", TRAIN_COLUMNS)
+    report = audit(long, None if args.no_photos else args.data_dir, not args.no_pixels)
+    if args.csv:
+        write_csv(report, args.csv)
     print(audit_counts(long).to_string(header=False), end="\n\n")
     print("\n".join([*report_lines(report, 10), ""]))
     counts = report["severity"].value_counts()

@@ -30,6 +30,7 @@ from typing import Any
 
 import pandas as pd
 
+from .command import user_path
 from .kernel import check_kernel, check_owner, check_owners, check_weights_metadata, read_metadata, repo_root
 from .submit import read_manifest
 from .tables import check_submission, image_ids_of, read_test
@@ -750,9 +751,9 @@ def client_main(
     parser.add_argument("-v", "--version", type=int, default=0, help="of the kernel, as push printed it")
     parser.add_argument("--kernel", default="", help="owner/slug; default: as in kernel-metadata.json")
     parser.add_argument("--ref", type=int, default=0, help="of a submission, for score; default: the newest")
-    parser.add_argument("--out", default="runs/kaggle_output", help="folder for the output")
+    parser.add_argument("--out", type=user_path, default="runs/kaggle_output", help="folder for the output")
     compare = "folder with test.csv, to compare the output's rows with; recommended for output and for all"
-    parser.add_argument("--data", default="", help=compare)
+    parser.add_argument("--data", type=user_path, default="", help=compare)
     parser.add_argument("--every", type=float, help="seconds between two questions")
     parser.add_argument("--limit", type=float, help="seconds that one wait may take")
     args = parser.parse_args(argv)

@@ -11,6 +11,7 @@ __all__ = ['MIX_DRAW', 'STAND_IN', 'AHEAD', 'SHARED_MEMORY', 'table_masses', 'ph
 import hashlib
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -174,8 +175,9 @@ class RankBatches(Sampler):
 def quiet_worker(
     worker: int,  # its number
 ) -> None:
-    "One OpenCV thread in each worker process."
+    "Use one OpenCV thread in a worker process, and leave Ctrl-C to the main process, which ends it."
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def stack_items(

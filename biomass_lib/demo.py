@@ -6,8 +6,8 @@
 __all__ = ['STATES', 'MOST_LEAVES', 'DENSITY', 'Visit', 'draw_visit', 'Leaves', 'patches', 'patchy_points', 'leaf_area',
            'draw_leaves', 'leaf_mass', 'blade_outlines', 'clover_outlines', 'leaf_colours', 'draw_soil', 'throw_shade',
            'leaf_shapes', 'draw_layers', 'add_oddities', 'take_photo', 'sward_grams', 'render_photo', 'five_masses',
-           'true_density', 'plan_visits', 'write_photo', 'image_names', 'plan_photos', 'truth_row', 'long_rows',
-           'save_table', 'claim_folder', 'render_dataset', 'write_tables', 'main']
+           'true_density', 'plan_visits', 'quiet_worker', 'write_photo', 'image_names', 'plan_photos', 'truth_row',
+           'long_rows', 'save_table', 'claim_folder', 'render_dataset', 'write_tables', 'main']
 
 # %% ../notebooks/07_demo.ipynb #d0bf292c
 import argparse
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from .command import command, user_path
 from .files import write_csv, write_file, write_json
+from .supervise import die_with_parent
 from .targets import TARGETS, weighted_r2
 
 # %% ../notebooks/07_demo.ipynb #2f8bf768
@@ -405,6 +408,12 @@ def plan_visits(
     return [visits[k] for k in numbers]
 
 # %% ../notebooks/07_demo.ipynb #0477f81c
+def quiet_worker() -> None:
+    "Leave Ctrl-C to the main process, and end with it."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+
+
 def write_photo(
     job: tuple[int, int, Visit, str],  # seed, number of the photograph, its visit, path
 ) -> dict[str, Any]:  # what is true of it, without the leaves
@@ -517,6 +526,8 @@ def render_dataset(
     workers: int = 0,  # processes; 0: one a core
 ) -> dict[str, Any]:  # what demo.json says, the ceiling among it
     "Render a data set in the competition's format. Raises ValueError for fewer than 4 training photographs or a folder in use."
+    if workers < 0:
+        raise ValueError(f"workers = {workers} must be 0 (one a core) or more")
     if n_train < 4 or n_test < 1 or seed < 0:
         raise ValueError(
             f"n_train = {n_train} must be at least 4 (one visit a State), n_test = {n_test} at least 1, seed = {seed} at least 0"
@@ -533,8 +544,13 @@ def render_dataset(
     if workers == 1:
         truths = [write_photo(job) for job in jobs]
     else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            truths = list(pool.map(write_photo, jobs, chunksize=4))
+        options = {"mp_context": multiprocessing.get_context("spawn"), "initializer": quiet_worker}
+        with ProcessPoolExecutor(workers, **options) as pool:
+            try:
+                truths = list(pool.map(write_photo, jobs, chunksize=4))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     rows = [truth_row(photo, truth) for photo, truth in zip(photos, truths, strict=True)]
     return write_tables(out, pd.DataFrame(rows), recipe)
 
@@ -562,6 +578,7 @@ def write_tables(
     return facts
 
 # %% ../notebooks/07_demo.ipynb #d3de27eb
+@command("biomass_demo")
 def main(
     argv: list[str] | None = None,  # None: from the command line
 ) -> None:
@@ -569,16 +586,13 @@ def main(
     parser = argparse.ArgumentParser(
         "biomass_demo", description="Render a data set in the format of CSIRO Image2Biomass."
     )
-    parser.add_argument("--out", default="data/demo", help="folder to fill (data/demo)")
+    parser.add_argument("--out", type=user_path, default="data/demo", help="folder to fill (data/demo)")
     parser.add_argument("--n-train", type=int, default=96, help="photographs with masses (96)")
     parser.add_argument("--n-test", type=int, default=24, help="photographs to be predicted (24)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (0)")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one a core (0)")
     args = parser.parse_args(argv)
-    try:
-        facts = render_dataset(args.out, args.n_train, args.n_test, args.seed, args.workers)
-    except (ValueError, OSError) as error:
-        sys.exit(f"biomass_demo: {error}")
+    facts = render_dataset(args.out, args.n_train, args.n_test, args.seed, args.workers)
     print(
         f"{args.out}: {facts['n_train']} training and {facts['n_test']} test photographs; score of the true expected masses {facts['ceiling']:.3f}"
     )

@@ -23,6 +23,7 @@ import timm
 import torch
 from torch import nn
 
+from .command import command, user_path
 from .dataset import HalvesDataset, make_loader, photo_digests
 from .evaluate import mean_oof, ridge_oof
 from .files import write_csv, write_file, write_json
@@ -344,20 +345,27 @@ def features_parser() -> argparse.ArgumentParser:
         "biomass_features", description="Extract frozen features, or bring some, and judge them by a ridge or by heads."
     )
     add = parser.add_argument
-    add("data_dir", help="folder with train.csv and the photographs")
+    add("data_dir", type=user_path, help="folder with train.csv and the photographs")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--backbone", help="any timm model name")
-    source.add_argument("--features", help="a .npy file from elsewhere instead; photographs are not needed then")
-    add("--ids", default="", help="image ids of its rows (default: the .csv of the same name)")
+    source.add_argument(
+        "--features", type=user_path, help="a .npy file from elsewhere instead; photographs are not needed then"
+    )
+    add("--ids", type=user_path, default="", help="image ids of its rows (default: the .csv of the same name)")
     add("--img-size", type=int, default=224, help="side of each half in pixels (224)")
-    add("--backbone-weights", default="", help="local .safetensors file instead of timm's download")
+    add("--backbone-weights", type=user_path, default="", help="local .safetensors file instead of timm's download")
     add("--random", action="store_true", help="random weights: nothing is downloaded, and little is learned")
     add("--dense", action="store_true", help="mean and sd of the patches instead of the pooled features")
     add("--join", choices=JOINS, default="mean", help="of the two halves (mean); the heads of a model need concat")
     add("--clean", default="none", help="none, inpaint, crop or both (none)")
-    add("--cache-dir", default="cache", help="keeps features for the next time (cache)")
-    add("--out", default="", help="write them into this .npy file, the ids into the .csv of the same name")
-    add("--folds", default="date", help="how photographs are dealt into folds (date)")
+    add("--cache-dir", type=user_path, default="cache", help="keeps features for the next time (cache)")
+    add(
+        "--out",
+        type=user_path,
+        default="",
+        help="write them into this .npy file, the ids into the .csv of the same name",
+    )
+    add("--fold-scheme", "--folds", dest="folds", default="date", help="how photographs are dealt into folds (date)")
     add("--n-folds", type=int, default=5, help="number of folds (5)")
     add("--ridge", action="store_true", help="print the score of a ridge on them")
     add("--heads", action="store_true", help="print the score of the model's heads on them")
@@ -380,32 +388,30 @@ def judge_features(
     return found
 
 # %% ../notebooks/24_features.ipynb #5ad3c15a
+@command("biomass_features", (ValueError, RuntimeError, OSError, ArithmeticError, AssertionError))
 def main(
     arguments: list[str] | None = None,  # None: those of the process
 ) -> None:
     "The command biomass_features. Exit status 1 and a line for data, weights or files that cannot be used."
     given = features_parser().parse_args(arguments)
-    try:
-        if given.out and Path(given.out).suffix != ".npy":
-            raise ValueError(f"--out {given.out} must end in .npy")
-        if given.img_size < 32:
-            raise ValueError(f"--img-size {given.img_size} must be at least 32 pixels")
-        table = read_train(given.data_dir)
-        fold_N = assign_folds(table, given.n_folds, given.folds)
-        names = ("img_size", "backbone_weights", "dense", "join", "clean", "cache_dir")
-        options = {name: getattr(given, name) for name in names} | {"pretrained": not given.random}
-        if given.features:
-            features = read_features(given.features, given.ids)
-        else:
-            features = extract_features(table, given.data_dir, given.backbone, **options)
-        print(f"{len(features)} photographs, {features.shape[1]} features from {given.backbone or given.features}")
-        if given.out:
-            save_features(features, given.out)
-            print(f"written: {given.out} and {Path(given.out).with_suffix('.csv').name}")
-        learners = tuple(name for name in ("ridge", "heads") if getattr(given, name))
-        if learners:
-            scores = judge_features(features, table, fold_N, learners)
-            said = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-            print(f"pooled out-of-fold score, {given.n_folds} folds by {given.folds}: {said}")
-    except (ValueError, RuntimeError, OSError, ArithmeticError, AssertionError) as error:
-        sys.exit(f"biomass_features: {' '.join(str(error).split())}")
+    if given.out and Path(given.out).suffix != ".npy":
+        raise ValueError(f"--out {given.out} must end in .npy")
+    if given.img_size < 32:
+        raise ValueError(f"--img-size {given.img_size} must be at least 32 pixels")
+    table = read_train(given.data_dir)
+    fold_N = assign_folds(table, given.n_folds, given.folds)
+    names = ("img_size", "backbone_weights", "dense", "join", "clean", "cache_dir")
+    options = {name: getattr(given, name) for name in names} | {"pretrained": not given.random}
+    if given.features:
+        features = read_features(given.features, given.ids)
+    else:
+        features = extract_features(table, given.data_dir, given.backbone, **options)
+    print(f"{len(features)} photographs, {features.shape[1]} features from {given.backbone or given.features}")
+    if given.out:
+        save_features(features, given.out)
+        print(f"written: {given.out} and {Path(given.out).with_suffix('.csv').name}")
+    learners = tuple(name for name in ("ridge", "heads") if getattr(given, name))
+    if learners:
+        scores = judge_features(features, table, fold_N, learners)
+        said = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        print(f"pooled out-of-fold score, {given.n_folds} folds by {given.folds}: {said}")

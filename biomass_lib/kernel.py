@@ -37,6 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from .claims import read_done
+from .command import command, user_path
 from biomass_lib.evaluate import (
     WEIGHTED,
     ensemble_table,
@@ -982,28 +983,28 @@ def fill_user(
         write_file(path, text.replace(f'"{owner}/', f'"{user}/'))
 
 # %% ../notebooks/27_kernel.ipynb #b7e101c5
+@command("biomass_weights")
 def weights_main(
     argv: list[str] | None = None,  # None: from the command line
 ) -> None:
     "biomass_weights: assemble the weights dataset from one run or several."
     parser = argparse.ArgumentParser("biomass_weights", description="Assemble kaggle/weights from finished runs.")
-    parser.add_argument("run_dirs", nargs="+", help="runs/<experiment>, one or several")
-    parser.add_argument("--out", help="another folder than kaggle/weights")
+    parser.add_argument("run_dirs", type=user_path, nargs="+", help="runs/<experiment>, one or several")
+    parser.add_argument("--out", type=user_path, help="another folder than kaggle/weights")
     parser.add_argument("--weights", choices=("equal", "oof"), default="equal", help="share of each run")
     parser.add_argument("--half", action="store_true", help="half precision; says what it does to the score")
     parser.add_argument("--project", action="store_true", help="the kernel makes masses balance")
     parser.add_argument("--views", nargs="+", default=DEFAULT_VIEWS, help=f"of {', '.join(VIEWS)}")
-    parser.add_argument("--data-dir", default="", help="training photographs, for what --half does; those of the run")
+    parser.add_argument(
+        "--data-dir", type=user_path, default="", help="training photographs, for what --half does; those of the run"
+    )
     parser.add_argument("--user", help="write this Kaggle user name into the metadata files")
     args = parser.parse_args(argv)
-    try:
-        if args.user:
-            fill_user(".", args.user)
-        out = Path(args.out) if args.out else repo_root() / "kaggle" / "weights"
-        options = {"half": args.half, "project": args.project, "views": tuple(args.views), "data_dir": args.data_dir}
-        manifest = assemble_weights(args.run_dirs, out, args.weights, **options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"biomass_weights: {error}")
+    if args.user:
+        fill_user(".", args.user)
+    out = Path(args.out) if args.out else repo_root() / "kaggle" / "weights"
+    options = {"half": args.half, "project": args.project, "views": tuple(args.views), "data_dir": args.data_dir}
+    manifest = assemble_weights(args.run_dirs, out, args.weights, **options)
     for entry in manifest["models"]:
         score = "" if entry["score"] is None else f"  score {entry['score']:.3f}"
         print(
@@ -1019,6 +1020,7 @@ def weights_main(
         print(f"before an upload: {error}")
 
 # %% ../notebooks/27_kernel.ipynb #fa63e07c
+@command("biomass_kernel", (ImportError, ValueError, OSError))
 def kernel_main(
     argv: list[str] | None = None,  # None: from the command line
 ) -> None:
@@ -1027,17 +1029,14 @@ def kernel_main(
     parser.add_argument("--check", action="store_true", help="build nothing; end with status 1 when something is wrong")
     parser.add_argument("--user", help="write this Kaggle user name into the metadata files")
     args = parser.parse_args(argv)
-    try:
-        if args.user:
-            fill_user(".", args.user)
-        if not args.check:
-            built = build_kernel()
-            print(f"{built.relative_to(repo_root())}: {built.stat().st_size / 1000:.0f} kB")
-        problems, unnamed = check_kernel(), check_owners()
-        if args.check:
-            problems += [*unnamed, *check_weights()]
-    except (ImportError, ValueError, OSError) as error:
-        sys.exit(f"biomass_kernel: {error}")
+    if args.user:
+        fill_user(".", args.user)
+    if not args.check:
+        built = build_kernel()
+        print(f"{built.relative_to(repo_root())}: {built.stat().st_size / 1000:.0f} kB")
+    problems, unnamed = check_kernel(), check_owners()
+    if args.check:
+        problems += [*unnamed, *check_weights()]
     if problems:
         sys.exit("\n".join(dict.fromkeys(problems)))
     if unnamed:

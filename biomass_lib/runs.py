@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOOK_SECONDS', 'PAGE', 'REPORT_TAGS', 'find_notebook', 'plan_run', 'papermill_command', 'start_fold_process',
            'error_of', 'fold_line', 'failure_lines', 'visible_devices', 'job_slots', 'stop_all', 'kernel_failed',
-           'run_folds', 'mistakes_as_lines', 'folds_parser', 'folds_main', 'harmless_html', 'write_html', 'make_report',
-           'print_scores', 'report_main']
+           'run_folds', 'folds_parser', 'folds_main', 'harmless_html', 'write_html', 'make_report', 'print_scores',
+           'report_main']
 
 # %% ../notebooks/26_runs.ipynb #802ffd96
 import argparse
@@ -28,6 +28,7 @@ import yaml
 
 import biomass_lib
 from .claims import HANDED, FoldHeld, Lease, claim, read_done
+from .command import command, user_path
 from .config import Config, config_from_yaml, parse_value
 from .files import write_file
 from .supervise import start_supervised
@@ -303,29 +304,15 @@ def run_folds(
     return work.failed
 
 # %% ../notebooks/26_runs.ipynb #6f60a7b6
-@contextlib.contextmanager
-def mistakes_as_lines():
-    "Turns ValueError, FileNotFoundError and RuntimeError into a line and exit status 1, Ctrl-C and termination into their usual statuses."
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def folds_parser() -> argparse.ArgumentParser:
     "The options of biomass_folds."
     parser = argparse.ArgumentParser(
         prog="biomass_folds", description="Train the folds of an experiment with papermill."
     )
-    parser.add_argument("params", help="parameter file, such as notebooks/params/demo.yaml")
+    parser.add_argument("params", type=user_path, help="parameter file, such as notebooks/params/demo.yaml")
     parser.add_argument("--folds", type=int, nargs="+", help="which (default: all); done ones are skipped")
     parser.add_argument("--jobs", default="1", help="folds at a time (default 1); auto: one a GPU")
-    parser.add_argument("--notebook", default="train_fold.ipynb", help="the notebook of one fold")
+    parser.add_argument("--notebook", type=user_path, default="train_fold.ipynb", help="the notebook of one fold")
     parser.add_argument(
         "-p",
         nargs=2,
@@ -337,16 +324,16 @@ def folds_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command("biomass_folds")
 def folds_main(
     arguments: list[str] | None = None,  # None: those of the process
 ) -> None:
     "The command biomass_folds. Exit status 1 when a parameter is wrong or a fold fails."
     given = folds_parser().parse_args(arguments)
-    with mistakes_as_lines():
-        overrides = {name: parse_value(name, text) for name, text in given.p}
-        if "fold" in overrides:
-            raise ValueError("parameter fold is set for each fold; choose with --folds")
-        failed = run_folds(given.params, given.folds, given.jobs, overrides, given.notebook)
+    overrides = {name: parse_value(name, text) for name, text in given.p}
+    if "fold" in overrides:
+        raise ValueError("parameter fold is set for each fold; choose with --folds")
+    failed = run_folds(given.params, given.folds, given.jobs, overrides, given.notebook)
     if failed:
         raise SystemExit(f"failed: fold {', '.join(map(str, failed))}; the same command tries them again")
 
@@ -469,6 +456,7 @@ def print_scores(
         print(f"{name}: {note}")
 
 
+@command("biomass_report")
 def report_main(
     arguments: list[str] | None = None,  # None: those of the process
 ) -> None:
@@ -476,16 +464,19 @@ def report_main(
     parser = argparse.ArgumentParser(
         prog="biomass_report", description="Write the report of a run and print its score table."
     )
-    parser.add_argument("run_dir", help="run folder, such as runs/demo")
-    parser.add_argument("--data-dir", default="", help="where the run's data are now (default: as in its params.yaml)")
-    parser.add_argument("--features", default="", help="features from biomass_features (.npy): a ridge on them, too")
-    parser.add_argument("--notebook", default="report.ipynb", help="the notebook of the report")
+    parser.add_argument("run_dir", type=user_path, help="run folder, such as runs/demo")
+    parser.add_argument(
+        "--data-dir", type=user_path, default="", help="where the run's data are now (default: as in its params.yaml)"
+    )
+    parser.add_argument(
+        "--features", type=user_path, default="", help="features from biomass_features (.npy): a ridge on them, too"
+    )
+    parser.add_argument("--notebook", type=user_path, default="report.ipynb", help="the notebook of the report")
     given = parser.parse_args(arguments)
-    with mistakes_as_lines():
-        if given.data_dir and not Path(given.data_dir, "train.csv").is_file():
-            raise FileNotFoundError(f"--data-dir {given.data_dir} has no train.csv")
-        if given.features and not Path(given.features).is_file():
-            raise FileNotFoundError(f"--features {given.features} does not exist: biomass_features writes it")
-        table = make_report(given.run_dir, given.notebook, given.data_dir, given.features)
+    if given.data_dir and not Path(given.data_dir, "train.csv").is_file():
+        raise FileNotFoundError(f"--data-dir {given.data_dir} has no train.csv")
+    if given.features and not Path(given.features).is_file():
+        raise FileNotFoundError(f"--features {given.features} does not exist: biomass_features writes it")
+    table = make_report(given.run_dir, given.notebook, given.data_dir, given.features)
     print_scores(table)
     print(f"\nreport: {Path(given.run_dir) / 'report.html'}")

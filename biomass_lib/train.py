@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader
 
 from .audit import audit, stop_on_errors
 from .augment import half_augmentation
-from .claims import claim, write_done
+from .claims import LeaseLost, claim, read_done, write_done
+from .command import command, user_path
 from .config import OF_THE_BOX, Config, config_from_yaml, config_to_yaml, parse_value
 from .dataset import HalvesDataset, make_loader
 from .checkpoint import check_same
@@ -344,19 +345,22 @@ def launch_fold(
 
 # %% ../notebooks/22_train.ipynb #e15b24f1
 @record
+@command("biomass_lib.train", (ValueError, OSError, LeaseLost, FloatingPointError))
 def main(
     arguments: list[str] | None = None,  # None: those of the process
 ) -> None:
     "python -m biomass_lib.train: train one fold, alone or as one of the processes of a launcher."
     parser = argparse.ArgumentParser("biomass_lib.train", description="Train one fold without a notebook.")
-    parser.add_argument("parameters", help="parameter file, as for papermill -f")
+    parser.add_argument("parameters", type=user_path, help="parameter file, as for papermill -f")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
     given = parser.parse_args(arguments)
     config = config_from_yaml(given.parameters, **{name: parse_value(name, value) for name, value in given.p})
     with joined():
         out_dir = train_fold(config)
         if is_main():
-            print(f"{out_dir}: {(out_dir / 'done.json').read_text()}")
+            done = read_done(out_dir)
+            score = "not defined" if done["score"] is None else f"{done['score']:.3f}"
+            print(f"{out_dir}: score {score}, epoch {done['epoch']}, {done['seconds']:.0f} s")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # as a module; a notebook has no file
