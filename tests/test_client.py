@@ -32,6 +32,8 @@ from biomass_lib.targets import TARGETS
 ROOT = kernel.repo_root(Path(__file__).parent)
 DATASET, KERNEL = f"{USER}/csiro-biomass-weights", f"{USER}/csiro-biomass-inference"
 CANARIES = (KEY, base64.b64encode(f"{USER}:{KEY}".encode()).decode(), "another-canary")
+SPEC = {"name": "two_stream", "backbone": "test_resnet", "img_size": 64, "clean": "none", "targets": "primary"}
+SPEC |= {"hidden_ratio": 0.25, "dropout": 0.3, "aux": {}}
 QUICK = ("--every", "0.05", "--limit", "1800")  # only a failing test waits so long
 
 
@@ -54,7 +56,9 @@ def checkout(tmp_path_factory):
     for fold in range(3):
         path = weights / f"tiny_fold{fold}.safetensors"
         path.write_bytes(np.random.default_rng(fold).bytes(40_000 + fold))
-        entries.append({"file": path.name, "size": 40_000 + fold, "sha256": file_sha256(path), "spec": {}, "weight": 1})
+        entries.append(
+            {"file": path.name, "size": 40_000 + fold, "sha256": file_sha256(path), "spec": SPEC, "weight": 1}
+        )
     manifest = {"format": 2, "project": "biomass", "experiment": "tiny", "models": entries}
     manifest |= {"views": ["identity"], "projection": None, "train_mean_g": [26.6, 12.0, 6.7, 33.3, 45.3]}
     (weights / "manifest.json").write_text(json.dumps(manifest))
