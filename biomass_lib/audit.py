@@ -474,7 +474,7 @@ def header_facts(
 ) -> dict[str, str | int]:
     "What PIL reads before decoding. Raises OSError for what is no picture."
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=("JPEG", "MPO", "PNG")) as header:
+        with PIL.Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as header:
             turned = header.getexif().get(0x0112)
             orientation = turned if turned in range(1, 9) else 1
             return {"width": header.width, "height": header.height, "mode": header.mode, "orientation": orientation}
