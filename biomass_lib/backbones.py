@@ -245,6 +245,17 @@ def size_options(
     )
 
 # %% ../notebooks/11_backbones.ipynb #e635e5dd
+def _advice_on_name(
+    name: str,  # that timm does not know
+) -> str:
+    "Say what might have been meant."
+    if ":" in name:
+        return "models of a hub are not looked up: name the timm model, and give its weights by backbone_weights"
+    base = name.split(".")[0]
+    similar = timm.list_models(f"*{base.split('_')[0]}*") or difflib.get_close_matches(base, timm.list_models(), 8)
+    return f"similar: {', '.join(similar[:8])}" if similar else "timm.list_models() lists those there are"
+
+
 def create_backbone(
     name: str,  # any timm model name
     img_size: int,  # pixels of a picture's side
@@ -255,10 +266,7 @@ def create_backbone(
 
     Raises ValueError for unknown names and tags, and for sizes that it cannot take; RuntimeError when a download fails."""
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:8]
-        raise ValueError(
-            f"backbone {name!r} is not a timm {timm.__version__} model; similar: {', '.join(close) or 'none'}"
-        )
+        raise ValueError(f"backbone {name!r} is not a timm {timm.__version__} model; {_advice_on_name(name)}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
