@@ -37,10 +37,16 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def heed_signals() -> None:
+    "Tests under nohup or in the background were started with these signals ignored, and so would their commands be."
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
+
+
 def started(home: Path, *command: str, **environment: str) -> subprocess.Popen:
     given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=home, env=given, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=home, env=given, start_new_session=True, preexec_fn=heed_signals, **pipes)
 
 
 def folds_command(home: Path, *options: str) -> list[str]:

@@ -33,11 +33,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def heed_interrupts() -> None:
+    "Tests in the background of a shell were started with SIGINT ignored, and so would their commands be."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def started(home: Path, *command: str, **environment: str) -> subprocess.Popen:
     program = [str(BIN / command[0]), *command[1:]] if command[0].startswith("biomass_") else list(command)
     given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(home / "user")} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(program, cwd=home, env=given, start_new_session=True, **pipes)
+    return subprocess.Popen(program, cwd=home, env=given, start_new_session=True, preexec_fn=heed_interrupts, **pipes)
 
 
 MISTAKES = {
