@@ -581,6 +581,9 @@ def test_ctrl_c_in_an_upload_and_again(site, ask):
     code = "from biomass_lib.client import client_main; client_main(['upload'])"
     env = site.environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipe |= {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    }  # a shell may have it ignored
     with subprocess.Popen([sys.executable, "-c", code], env=env, start_new_session=True, **pipe) as process:
         assert site.stalled.wait(PATIENCE)
         os.killpg(process.pid, signal.SIGINT)
