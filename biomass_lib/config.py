@@ -101,7 +101,9 @@ class Config:
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(reprlib.repr(name).strip("'") for name in set(parameters) - set(names))
         if unknown:
-            raise ValueError(f"unknown parameter {', '.join(unknown)}; the parameters are {', '.join(names)}")
+            more = f" and {len(unknown) - 10} more" * (len(unknown) > 10)
+            listed = ", ".join(unknown[:10]) + more
+            raise ValueError(f"unknown parameter {listed}; the parameters are {', '.join(names)}")
         return cls(**parameters)
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,8 +128,10 @@ def check_types(
     }
     for field in dataclasses.fields(config):
         value, wanted = getattr(config, field.name), field.type
-        if (type(value), wanted) in ((int, float), (list, tuple)):
-            object.__setattr__(config, field.name, wanted(value))
+        if type(value) is int and wanted is float:
+            object.__setattr__(config, field.name, float(value) if abs(value) < 2**63 else math.inf)
+        elif type(value) is list and wanted is tuple:
+            object.__setattr__(config, field.name, tuple(value))
         elif type(value) is not wanted:
             shown = reprlib.repr(value)
             hint = hints.get((type(value), wanted), "").replace("NAME", field.name).replace("VALUE", shown)
@@ -135,7 +139,9 @@ def check_types(
                 f"parameter {field.name} must be {wanted.__name__}, not {type(value).__name__} {shown}{hint}"
             )
         if wanted is float and not math.isfinite(getattr(config, field.name)):
-            raise ValueError(f"parameter {field.name} = {value} must be a finite number")
+            raise ValueError(f"parameter {field.name} = {reprlib.repr(value)} must be a finite number")
+        if wanted is str and "\0" in value:
+            raise ValueError(f"parameter {field.name} = {reprlib.repr(value)} must be text without NUL characters")
 
 # %% ../notebooks/01_config.ipynb #21a68cde
 CHOICES = {
@@ -186,7 +192,8 @@ def check_config(
             and config.experiment.isprintable()
             and config.experiment == config.experiment.strip()
             and len(config.experiment.encode()) <= 200,
-            "a folder name: no hyphen or point first, no slash, no line break, at most 100 characters",
+            "a folder name of at most 100 characters (200 bytes in UTF-8): no hyphen or point first, no space at an end, "
+            "no slash, line break or other invisible character",
         ),
         "img_size": (config.img_size >= 32, "at least 32 pixels"),
         "hidden_ratio": (config.hidden_ratio > 0, "above 0"),
@@ -332,7 +339,7 @@ def parse_value(
     if isinstance(default, bool):
         known = {"true": True, "false": False}
         if text.lower() not in known:
-            raise ValueError(f"parameter {name} must be True or False, not {text!r}")
+            raise ValueError(f"parameter {name} must be True or False, not {reprlib.repr(text)}")
         return known[text.lower()]
     if isinstance(default, tuple):
         return tuple(filter(None, text.split(",")))
@@ -341,4 +348,4 @@ def parse_value(
     try:
         return type(default)(text)
     except ValueError as error:
-        raise ValueError(f"parameter {name} must be {type(default).__name__}, not {text!r}") from error
+        raise ValueError(f"parameter {name} must be {type(default).__name__}, not {reprlib.repr(text)}") from error
