@@ -57,7 +57,7 @@ def csv_lines(
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader, found, line = csv.reader(file), [], 1
             for row in reader:
-                if row:
+                if len(row) > 1 or "".join(row).strip():  # pandas passes over a line of spaces, too
                     found.append((line, len(row)))
                 line = reader.line_num + 1
     except (ValueError, csv.Error) as error:
