@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save
 
 from .claims import read_done
 from .command import command, user_path
+from .config import read_yaml
 from biomass_lib.evaluate import (
     WEIGHTED,
     ensemble_table,
@@ -171,7 +172,7 @@ def run_params(
     weights: list[float],  # of the runs
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # what all runs share; run -> its weight and the parameters of its own
     "The parameters of the runs, those that mean nothing elsewhere left out."
-    given = [yaml.safe_load((run_dir / "params.yaml").read_text(encoding="utf-8")) for run_dir in run_dirs]
+    given = [read_yaml(run_dir / "params.yaml") for run_dir in run_dirs]
     given = [{name: value for name, value in params.items() if name not in HOME_ONLY} for params in given]
     shared = {key: value for key, value in given[0].items() if all(p.get(key, ...) == value for p in given)}
     own = [{name: value for name, value in params.items() if name not in shared} for params in given]
@@ -628,7 +629,7 @@ def half_change(
     data_dir: str | Path = "",  # with train.csv; empty: the run's own
 ) -> dict[str, Any] | None:  # full, half: pooled scores; photographs. None: the photographs are not here
     "The out-of-fold score of a run with whole and with halved weights. Raises ValueError when the data are not those of the run."
-    data_dir = data_dir or yaml.safe_load((run_dir / "params.yaml").read_text(encoding="utf-8")).get("data_dir", "")
+    data_dir = data_dir or read_yaml(run_dir / "params.yaml").get("data_dir", "")
     if not data_dir or not (Path(data_dir) / "train.csv").is_file():
         return None
     table = read_train(data_dir).set_index("image_id")
