@@ -42,7 +42,8 @@ def command(
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if in_main else None
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed from the start, as by >&-
+            sys.stdout.flush()
     except BrokenPipeError:
         _leave_pipe()
         raise SystemExit(141) from None

@@ -310,7 +310,7 @@ def read_yaml(
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: save it with this encoding ({error})") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply: write lines of `name: value`") from None
     if not isinstance(parameters, dict):
