@@ -36,6 +36,8 @@ import PIL.Image
 from pandera.errors import SchemaErrors
 
 from .artefacts import find_artefacts
+from .command import command, user_path
+from .files import write_csv
 from biomass_lib.images import (
     FLAT_SHARE,
     REMEDY,
@@ -46,8 +48,6 @@ from biomass_lib.images import (
     jpeg_header,
     missing_hint,
 )
-from .command import command, user_path
-from .files import write_csv
 from .tables import ABOUT, TRAIN_COLUMNS, check_columns, listed, read_text_csv
 from .targets import PRIMARY, TARGETS
 

@@ -12,7 +12,6 @@ __all__ = ['JOINS', 'FEATURE_FORMAT', 'frozen_backbone', 'photo_features', 'weig
 import argparse
 import hashlib
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,19 +22,19 @@ import timm
 import torch
 from torch import nn
 
+from .backbones import create_backbone, token_map
 from .command import command, user_path
 from .dataset import HalvesDataset, make_loader, photo_digests
+from .device import pick_device
 from .evaluate import mean_oof, ridge_oof
 from .files import write_csv, write_file, write_json
 from .folds import assign_folds
-from .backbones import create_backbone, token_map
 from .heads import MassHeads
 from .losses import MassLoss
 from .models import TwoStream, create_model
 from .optim import cosine_with_warmup, make_optimizer
-from .predict import pick_device
 from .tables import check_columns, check_photos, listed, read_text_csv, read_train
-from .targets import PRIMARY, TARGETS, all_to_primary, primary_to_all, weighted_r2
+from .targets import TARGETS, weighted_r2
 
 # %% ../notebooks/54_features.ipynb #956190d3
 def frozen_backbone(

@@ -21,7 +21,6 @@ import configparser
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -739,7 +738,19 @@ def repo_root(
     raise FileNotFoundError("no settings.ini of biomass_lib here or above; run this inside a clone of the repository")
 
 # %% ../notebooks/72_kernel.ipynb #a320c14d
-MODULES = ("files", "targets", "artefacts", "images", "tables", "backbones", "heads", "models", "predict", "submit")
+MODULES = (
+    "files",
+    "device",
+    "targets",
+    "artefacts",
+    "images",
+    "tables",
+    "backbones",
+    "heads",
+    "models",
+    "predict",
+    "submit",
+)
 ON_KAGGLE = {"numpy", "pandas", "torch", "timm", "cv2", "safetensors"}
 NOT_REACHED = {"peft"}  # by add_lora, in training only: low-rank changes are merged before weights are saved
 

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .backbones import layer_numbers
 from biomass_lib.checkpoint import (
     about,
     about_changes,
@@ -38,11 +39,12 @@ from biomass_lib.checkpoint import (
 )
 from .config import OF_THE_BOX, Config
 from .dataset import STAND_IN, lost_batches, make_loader
+from .device import autocast_dtype, pick_device, set_deterministic, set_tf32, steady_memory
 from .files import file_sha256, remove_abandoned, replace_atomically
 from .logs import RunLog, StepClock
 from .losses import AuxLoss, MassLoss
-from .models import MassModel, autocast_dtype, save_weights
-from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer, set_deterministic, set_tf32
+from .models import MassModel, save_weights
+from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer
 from biomass_lib.parallel import (
     check_on_main,
     gather_objects,
@@ -54,8 +56,6 @@ from biomass_lib.parallel import (
     world,
     wrap_ddp,
 )
-from .predict import pick_device, steady_memory
-from .backbones import layer_numbers
 from .targets import r2_per_target, weighted_r2
 
 # %% ../notebooks/35_loop.ipynb #78410557

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUADRAT_M2', 'CLASSES', 'OWN_OPTIONS', 'follow', 'MassModel', 'TwoStream', 'TilePool', 'Tiled', 'Dense',
-           'own_options', 'create_model', 'save_weights', 'check_spec', 'load_model', 'cpu_has_bf16', 'autocast_dtype']
+           'own_options', 'create_model', 'save_weights', 'check_spec', 'load_model']
 
 # %% ../notebooks/22_models.ipynb #bb787f66
 import json
@@ -17,8 +17,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .backbones import add_lora, create_backbone, drop_head, layer_numbers, merged_state, patch_size
-from .backbones import read_state, state_differences, token_map, whole_patches
+from biomass_lib.backbones import (
+    add_lora,
+    create_backbone,
+    drop_head,
+    layer_numbers,
+    merged_state,
+    patch_size,
+    read_state,
+    state_differences,
+    token_map,
+    whole_patches,
+)
 from .files import replace_atomically, temporary_path, write_file
 from .heads import AuxHeads, Film, Fusion, MassHeads, TokenPool
 from .targets import TARGETS
@@ -358,26 +368,3 @@ def load_model(
         raise ValueError("\n".join([f"{path} does not hold the weights of {spec}:", *different]))
     model.load_state_dict(state, strict=True)
     return model.eval()
-
-# %% ../notebooks/22_models.ipynb #db8d1202
-def cpu_has_bf16() -> bool:
-    "Whether the processor multiplies bfloat16 itself, as Linux says; without that, bfloat16 is slower than float32."
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
-    return bool(flags & {"avx512_bf16", "amx_bf16"})
-
-
-def autocast_dtype(
-    amp: str,  # auto, bf16, fp16 or off
-    device: torch.device,  # where the model runs
-) -> torch.dtype | None:  # None: float32 throughout
-    "The autocast type for a device. Raises ValueError for float16 on a CPU, which has no fast float16."
-    if amp == "off":
-        return None
-    if amp == "fp16" and device.type == "cpu":
-        raise ValueError("amp = fp16 needs a GPU; use bf16, off or auto")
-    if amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    if device.type == "cpu":
-        return torch.bfloat16 if cpu_has_bf16() else None
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

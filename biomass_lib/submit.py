@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from .files import file_sha256, replace_atomically, temporary_path, write_csv

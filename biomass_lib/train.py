@@ -26,15 +26,15 @@ from torch.utils.data import DataLoader
 
 from .audit import audit, stop_on_errors
 from .augment import half_augmentation
+from .checkpoint import check_same
 from .claims import LeaseLost, claim, read_done, write_done
 from .command import command, user_path
 from .config import OF_THE_BOX, Config, config_from_yaml, config_to_yaml, parse_value
 from .dataset import HalvesDataset, make_loader
-from .checkpoint import check_same
 from .files import read_json, remove_abandoned, sync_folder, write_csv, write_file, write_json
 from .folds import assign_folds, check_folds, read_folds, write_folds
-from .loop import FitResult, fit, seed_everything
 from .heads import aux_spec
+from .loop import FitResult, fit, seed_everything
 from .models import MassModel, create_model
 from .parallel import check_on_main, is_main, joined, launch, wait_for_all, world
 from biomass_lib.tables import (

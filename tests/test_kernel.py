@@ -21,8 +21,9 @@ from patience import PATIENCE
 
 from biomass_lib import kernel
 from biomass_lib.demo import render_dataset
+from biomass_lib.device import cpu_has_bf16
 from biomass_lib.files import file_facts
-from biomass_lib.models import cpu_has_bf16, create_model, save_weights
+from biomass_lib.models import create_model, save_weights
 from biomass_lib.predict import predict_masses
 from biomass_lib.submit import find_inputs, load_ensemble, make_submission, read_manifest, walk_folders
 from biomass_lib.targets import TARGETS

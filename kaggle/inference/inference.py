@@ -66,8 +66,8 @@ Path("biomass_lib").mkdir(exist_ok=True)
 # The builder puts the modules here; run from the repository, this template uses the installed library instead.
 
 # %%
+from biomass_lib.device import pick_devices
 from biomass_lib.images import read_photo
-from biomass_lib.predict import pick_devices
 from biomass_lib.submit import find_inputs, make_submission, read_manifest
 from biomass_lib.tables import read_test
 from biomass_lib.targets import TARGETS
