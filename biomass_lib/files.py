@@ -53,7 +53,7 @@ def is_alive(
         return True  # somebody else's, or no number that we could judge
     return True
 
-
+# %% ../notebooks/01_files.ipynb #c244a562
 def remove_abandoned(
     folder: str | Path,  # is looked at, not what is below it; need not exist
     name: str = "*",  # of the final files, as a glob
@@ -86,13 +86,13 @@ def sync_folder(
         if error.errno not in _NO_SUCH_OPERATION:
             raise
 
-
+# %% ../notebooks/01_files.ipynb #29e9b603
 def replace_atomically(
     temporary: str | Path,  # complete, and closed
     path: str | Path,  # final name, on the same file system
     guard: Callable[[], None] | None = None,  # called just before the rename; what it raises prevents it
 ) -> None:
-    "Rename a temporary file. Content and name are on the disk when this returns."
+    "Rename a temporary file; content and name are on the disk when this returns."
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     if guard is not None:
@@ -100,10 +100,7 @@ def replace_atomically(
     os.replace(temporary, path)
     sync_folder(Path(path).parent)
 
-# %% ../notebooks/01_files.ipynb #1d85cb4b
-Content = str | bytes | Callable[[BinaryIO], Any]
-
-
+# %% ../notebooks/01_files.ipynb #9c4f2cf7
 def _claim_name(
     temporary: Path,  # complete, and on the disk
     path: Path,  # final name
@@ -118,6 +115,9 @@ def _claim_name(
             raise FileExistsError(errno.EEXIST, "is there already", str(path)) from None
         os.replace(temporary, path)
     sync_folder(path.parent)
+
+# %% ../notebooks/01_files.ipynb #1d85cb4b
+Content = str | bytes | Callable[[BinaryIO], Any]
 
 
 def write_file(
@@ -157,7 +157,7 @@ def write_csv(
     "Write a table without its index, completely and durably."
     write_file(path, table.to_csv(index=False, lineterminator="\n"), **options)
 
-
+# %% ../notebooks/01_files.ipynb #b52fb29e
 def write_json(
     value: Any,  # what JSON can hold
     path: str | Path,  # final name; its folder is made if needed
@@ -166,7 +166,7 @@ def write_json(
     "Write JSON, indented, completely and durably."
     write_file(path, json.dumps(value, indent=1) + "\n", **options)
 
-
+# %% ../notebooks/01_files.ipynb #3383fa03
 def read_json(
     path: str | Path,
 ) -> Any:
@@ -184,14 +184,14 @@ def file_sha256(
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
+# %% ../notebooks/01_files.ipynb #b0f450cc
 def file_facts(
     path: str | Path,  # any file
 ) -> dict[str, Any]:  # size in bytes, sha256
     "Describe a file so that damage shows."
     return {"size": Path(path).stat().st_size, "sha256": file_sha256(path)}
 
-
+# %% ../notebooks/01_files.ipynb #d424ce5b
 def file_damage(
     path: str | Path,  # any file, also a missing one
     facts: dict[str, Any],  # of `file_facts`

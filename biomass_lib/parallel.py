@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['world', 'is_main', 'joined', 'reduce_sum', 'wait_for_all', 'gather_objects', 'gather_rows', 'check_on_main',
-           'wrap_ddp', 'same_buffers', 'run_joined', 'launch', 'check_group']
+           'wrap_ddp', 'same_buffers', 'launch', 'check_processes']
 
 # %% ../notebooks/32_parallel.ipynb #7b6bb004
 import os
@@ -25,18 +25,18 @@ from .supervise import die_with_parent
 
 # %% ../notebooks/32_parallel.ipynb #c5229f89
 def world() -> tuple[int, int]:  # rank from 0, number of processes
-    "The place of this process among those that train one fold together."
+    "Tell the place of this process among those that train one fold together."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
-
+# %% ../notebooks/32_parallel.ipynb #91497691
 def is_main() -> bool:
-    "Whether this is the process that writes files."
+    "Tell whether this is the process that writes files."
     return world()[0] == 0
 
-
+# %% ../notebooks/32_parallel.ipynb #c27b4e09
 @contextmanager
 def joined() -> Iterator[tuple[int, int]]:  # rank and number of processes
-    """Be one of the processes that a launcher started: NCCL with GPUs, gloo without. Nothing without a launcher.
+    """Join the processes that a launcher started, by NCCL with GPUs and gloo without; do nothing without a launcher.
 
     Raises ValueError for more processes than GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
@@ -58,31 +58,31 @@ def joined() -> Iterator[tuple[int, int]]:  # rank and number of processes
 def reduce_sum(
     value: torch.Tensor,
 ) -> torch.Tensor:  # the sum over all processes, the same on each
-    "Add up. With one process, the very same tensor."
+    "Add up over all processes; with one, return the very same tensor."
     if world()[1] == 1:
         return value
     value = value.clone()
     dist.all_reduce(value)
     return value
 
-
+# %% ../notebooks/32_parallel.ipynb #82e40f13
 def wait_for_all() -> None:
-    "Go on when every process is here."
+    "Wait until every process is here."
     if world()[1] > 1:
         dist.barrier()
 
-
+# %% ../notebooks/32_parallel.ipynb #dbb1483e
 def gather_objects(
     value: Any,  # that can be pickled
 ) -> list[Any]:  # what each process gave, by rank; the same list on all
-    "One thing from each process."
+    "Collect one thing from each process."
     if world()[1] == 1:
         return [value]
     pieces = [None] * world()[1]
     dist.all_gather_object(pieces, value)
     return pieces
 
-
+# %% ../notebooks/32_parallel.ipynb #c87f92de
 def gather_rows(
     index_N: torch.Tensor,  # rows of the table that this process has
     value_NX: torch.Tensor,  # what it found for them
@@ -116,7 +116,7 @@ def wrap_ddp(
     module: nn.Module,  # with the gradients of this stage switched on and off
     device: torch.device,
 ) -> nn.Module:
-    "The module, averaging its gradients over the processes. With one process, the module itself."
+    "Average a module's gradients over the processes; with one process, return the module itself."
     if world()[1] == 1:
         return module
     devices = [torch.cuda.current_device()] if device.type == "cuda" else None
@@ -127,18 +127,18 @@ def wrap_ddp(
 def same_buffers(
     module: nn.Module,
 ) -> None:
-    "Take over the buffers of process 0. With one process, nothing."
+    "Copy the buffers of process 0 to all; with one process, do nothing."
     if world()[1] > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 # %% ../notebooks/32_parallel.ipynb #635d2cca
 @record
-def run_joined(
+def _run_joined(
     function: Callable,  # that can be imported
     arguments: tuple,
 ) -> Any:
-    "What each launched process does, with its share of the cores unless OMP_NUM_THREADS says otherwise."
+    "Run a function in a launched process, with its share of the cores unless OMP_NUM_THREADS says otherwise."
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     with joined():
@@ -150,7 +150,9 @@ def launch(
     *arguments: Any,
     processes: int = 2,
 ) -> dict[int, Any]:  # rank -> what the function returned
-    "Run a function in several processes at once. Raises ValueError for a notebook's function, and ChildFailedError with the first error."
+    """Run a function in several processes at once.
+
+    Raises ValueError for a notebook's function, and ChildFailedError with the first error."""
     if function.__module__ == "__main__":
         raise ValueError(
             f"{function.__name__} is defined in a notebook or script: put it into a module that can be imported"
@@ -166,16 +168,16 @@ def launch(
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        return elastic_launch(plan, run_joined)(function, arguments)
+        return elastic_launch(plan, _run_joined)(function, arguments)
     finally:
         for number, handler in handlers.items():  # the launcher's own would outlive it and disturb a notebook's kernel
             signal.signal(number, handler)
 
-
-def check_group(
+# %% ../notebooks/32_parallel.ipynb #900423a7
+def check_processes(
     rows: int = 5,  # of a table shared among the processes
 ) -> dict[str, Any]:  # what this process sees
-    "Whether processes find each other: the first thing to try on a new box."
+    "Let processes find each other. Raises RuntimeError when one did not hear from process 0."
     rank, size = world()
     mine = torch.arange(rank, rows, size)
     together = gather_rows(mine, 10.0 * mine[:, None], rows)

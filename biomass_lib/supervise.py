@@ -39,18 +39,18 @@ def descendants(
         with contextlib.suppress(OSError, IndexError, ValueError):  # it has just ended
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
-    found, level = [], [pid]
+    below, level = [], [pid]
     while level:
         level = [child for parent in level for child in children.get(parent, [])]
-        found += level
-    return found
+        below += level
+    return below
 
-
+# %% ../notebooks/03_supervise.ipynb #a4907d82
 def die_with_parent() -> None:
     "Let Linux kill this process as soon as its parent has ended."
     _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
-# %% ../notebooks/03_supervise.ipynb #5c5cd658
+# %% ../notebooks/03_supervise.ipynb #119a37eb
 def _end_all(
     child: subprocess.Popen,  # of the supervisor
     patience: float,  # seconds
@@ -71,7 +71,7 @@ def _end_all(
                 continue
         time.sleep(0.05)
 
-
+# %% ../notebooks/03_supervise.ipynb #5c5cd658
 def supervise(
     command: list[str],
     patience: float = 5.0,  # seconds between the polite end and the rough one

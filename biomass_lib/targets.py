@@ -19,7 +19,7 @@ PRIMARY = ("Dry_Total_g", "GDM_g", "Dry_Green_g")
 def primary_to_all(
     mass_B3: np.ndarray | torch.Tensor,  # (..., 3) grams in the order of PRIMARY
 ) -> np.ndarray | torch.Tensor:  # (..., 5) grams in the order of TARGETS
-    "All five masses from the three primary ones; the two differences are cut off at zero."
+    "Compute all five masses from the three primary ones; the two differences are cut off at zero."
     total, gdm, green = mass_B3[..., 0], mass_B3[..., 1], mass_B3[..., 2]
     if isinstance(mass_B3, torch.Tensor):
         return torch.stack([green, (total - gdm).clamp(min=0), (gdm - green).clamp(min=0), gdm, total], dim=-1)
@@ -29,7 +29,7 @@ def primary_to_all(
 def all_to_primary(
     mass_B5: np.ndarray | torch.Tensor,  # (..., 5) grams in the order of TARGETS
 ) -> np.ndarray | torch.Tensor:  # (..., 3) grams in the order of PRIMARY
-    "The three primary masses among the five."
+    "Pick the three primary masses among the five."
     return mass_B5[..., [TARGETS.index(name) for name in PRIMARY]]
 
 # %% ../notebooks/00_targets.ipynb #51546f29
@@ -37,7 +37,7 @@ def check_masses(
     true_N5: np.ndarray,  # measured grams, order of TARGETS
     pred_N5: np.ndarray,  # predicted grams, same order
 ) -> tuple[np.ndarray, np.ndarray]:  # both as float64
-    "Both tables as float64. Raises ValueError when the shapes differ, are not (N, 5) or a value is not finite."
+    "Convert both tables to float64. Raises ValueError when the shapes differ, are not (N, 5) or a value is not finite."
     true_N5, pred_N5 = np.asarray(true_N5, dtype=np.float64), np.asarray(pred_N5, dtype=np.float64)
     if true_N5.shape != pred_N5.shape or true_N5.ndim != 2 or true_N5.shape[1] != len(TARGETS) or not len(true_N5):
         raise ValueError(
@@ -54,7 +54,7 @@ def weighted_r2(
     true_N5: np.ndarray,  # measured grams, order of TARGETS
     pred_N5: np.ndarray,  # predicted grams, same order
 ) -> float:  # 1 is perfect, 0 is the weighted mean of all rows
-    """The competition's score: one weighted R2 over all (photograph, target) rows.
+    """Compute the competition's score: one weighted R2 over all (photograph, target) rows.
 
     Raises ValueError on unequal shapes, on values that are not finite and on a truth without spread."""
     true_N5, pred_N5 = check_masses(true_N5, pred_N5)
@@ -69,7 +69,7 @@ def r2_per_target(
     true_N5: np.ndarray,  # measured grams, order of TARGETS
     pred_N5: np.ndarray,  # predicted grams, same order
 ) -> dict[str, float]:  # target name -> R2, NaN where the truth is constant
-    "Ordinary R2 of each of the five masses. Raises ValueError as `weighted_r2` does."
+    "Compute the ordinary R2 of each of the five masses. Raises ValueError as `weighted_r2` does."
     true_N5, pred_N5 = check_masses(true_N5, pred_N5)
     error_5 = ((true_N5 - pred_N5) ** 2).sum(axis=0)
     spread_5 = ((true_N5 - true_N5.mean(axis=0)) ** 2).sum(axis=0)
@@ -83,7 +83,7 @@ PARTS = np.array([[1.0, 0, 0, 1, 1], [0, 1, 0, 0, 1], [0, 0, 1, 1, 1]])  # green
 def whitening(
     covariance_55: np.ndarray | None,  # of the errors, grams squared; None: all masses alike
 ) -> np.ndarray:  # W_55: the length of (m - p) @ W is the distance
-    "Factor of the inverse covariance. Raises ValueError unless it is 5 x 5, finite, symmetric and positive semidefinite."
+    "Factor the inverse covariance. Raises ValueError unless it is 5 x 5, finite, symmetric and positive semidefinite."
     n = len(TARGETS)
     covariance_55 = np.eye(n) if covariance_55 is None else np.asarray(covariance_55, dtype=np.float64)
     if covariance_55.shape != (n, n) or not np.isfinite(covariance_55).all():
@@ -94,12 +94,14 @@ def whitening(
         raise ValueError("covariance must be symmetric and positive: that of out-of-fold residuals is")
     return np.linalg.cholesky(np.linalg.inv(covariance_55 / size + 1e-6 * np.eye(n)))
 
-
+# %% ../notebooks/00_targets.ipynb #83441a64
 def project_masses(
     mass_N5: np.ndarray,  # predicted grams, order of TARGETS
     covariance_55: np.ndarray | None = None,  # of their errors, grams squared; None: all masses alike
 ) -> np.ndarray:  # mass_N5: GDM = Green + Clover, Total = GDM + Dead, nothing negative
-    "The nearest balanced masses, measured by the errors' covariance. Raises ValueError for other shapes, NaN, and no covariance."
+    """Move masses to the nearest that balance, measured by the errors' covariance.
+
+    Raises ValueError for other shapes, NaN, and for a matrix that is no covariance."""
     mass_N5, _ = check_masses(mass_N5, mass_N5)
     whiten_55 = whitening(covariance_55)
     parts_35, goal_N5 = PARTS @ whiten_55, mass_N5 @ whiten_55
