@@ -31,7 +31,8 @@ from typing import Any
 import pandas as pd
 
 from .command import user_path
-from .kernel import check_kernel, check_owner, check_owners, check_weights_metadata, read_metadata, repo_root
+from .kaggle_rules import check_owner, check_owners, check_weights_metadata, read_metadata, repo_root
+from .kernel import check_kernel
 from .submit import read_manifest
 from .tables import check_submission, image_ids_of, read_test
 

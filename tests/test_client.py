@@ -27,9 +27,10 @@ from patience import PATIENCE
 
 from biomass_lib import client, kernel
 from biomass_lib.files import file_sha256
+from biomass_lib.kaggle_rules import fill_user, repo_root
 from biomass_lib.targets import TARGETS
 
-ROOT = kernel.repo_root(Path(__file__).parent)
+ROOT = repo_root(Path(__file__).parent)
 DATASET, KERNEL = f"{USER}/csiro-biomass-weights", f"{USER}/csiro-biomass-inference"
 CANARIES = (KEY, base64.b64encode(f"{USER}:{KEY}".encode()).decode(), "another-canary")
 SPEC = {"name": "two_stream", "backbone": "test_resnet", "img_size": 64, "clean": "none", "targets": "primary"}
@@ -50,7 +51,7 @@ def checkout(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     shutil.copytree(ROOT / "biomass_lib", folder / "biomass_lib", ignore=shutil.ignore_patterns("__pycache__"))
-    kernel.fill_user(folder, USER)
+    fill_user(folder, USER)
     kernel.build_kernel(folder)
     weights, entries = folder / "kaggle" / "weights", []
     for fold in range(3):
@@ -246,7 +247,7 @@ def leave_old_weights(site: KaggleSite) -> None:
 
 
 def forget_owner(site: KaggleSite) -> None:
-    kernel.fill_user(".", "your-username")
+    fill_user(".", "your-username")
 
 
 def ten_out_of(site: KaggleSite) -> None:

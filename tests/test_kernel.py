@@ -23,12 +23,14 @@ from biomass_lib import kernel
 from biomass_lib.demo import render_dataset
 from biomass_lib.device import cpu_has_bf16
 from biomass_lib.files import file_facts
+from biomass_lib.kaggle_rules import fill_user, repo_root
 from biomass_lib.models import create_model, save_weights
 from biomass_lib.predict import predict_masses
 from biomass_lib.submit import find_inputs, load_ensemble, make_submission, read_manifest, walk_folders
 from biomass_lib.targets import TARGETS
+from biomass_lib.weights import assemble_weights, weights_main
 
-ROOT = kernel.repo_root(Path(__file__).parent)
+ROOT = repo_root(Path(__file__).parent)
 LAYOUTS = {
     "new": ("competitions/csiro-biomass", "datasets/somebody/csiro-biomass-weights"),
     "old": ("csiro-biomass", "csiro-biomass-weights"),
@@ -101,7 +103,7 @@ def stage(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage")
     render_dataset(folder / "demo", n_train=8, n_test=2, seed=0, workers=1)
     write_run(folder / "runs" / "tiny")
-    kernel.assemble_weights(folder / "runs" / "tiny", folder / "weights")
+    assemble_weights(folder / "runs" / "tiny", folder / "weights")
     (folder / "inference.ipynb").write_text(kernel.render_kernel(ROOT), encoding="utf-8")
     return folder
 
@@ -183,9 +185,9 @@ def received(stage, tmp_path_factory):
     "The notebook and the weights as they arrive when a person types the two kaggle commands."
     folder = tmp_path_factory.mktemp("received")
     copy_repository(folder / "repo")
-    kernel.fill_user(folder / "repo", USER)
+    fill_user(folder / "repo", USER)
     kernel.build_kernel(folder / "repo")
-    kernel.assemble_weights(stage / "runs" / "tiny", folder / "repo" / "kaggle" / "weights")
+    assemble_weights(stage / "runs" / "tiny", folder / "repo" / "kaggle" / "weights")
     with kaggle_site(folder / "site") as site:
         for command in ("datasets create -p kaggle/weights", "kernels push -p kaggle/inference"):
             ran = site.run(*command.split(), cwd=folder / "repo")
@@ -272,7 +274,7 @@ def test_a_broken_photograph_may_be_on_the_contact_sheet(stage, bare_python, tmp
 def test_older_versions_give_the_same_submission(stage, tmp_path):
     python = Path(os.environ["BIOMASS_OLDER"]).absolute()
     write_run(tmp_path / "runs" / "mixed", 3, ("resnet18", "vit_small_patch14_dinov2", "convnext_atto"))
-    kernel.assemble_weights(tmp_path / "runs" / "mixed", tmp_path / "weights")
+    assemble_weights(tmp_path / "runs" / "mixed", tmp_path / "weights")
     write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 10)
     inputs = mount(tmp_path / "input", "new", tmp_path / "data", tmp_path / "weights")
     ran = rehearse(python, stage / "inference.ipynb", inputs, tmp_path / "working")
@@ -432,7 +434,7 @@ def test_a_damaged_sample_and_names_in_capitals_do_not_stop_the_kernel(stage, ba
 
 def test_an_edited_manifest_removes_nothing(stage, tmp_path):
     weights = tmp_path / "weights"
-    kernel.assemble_weights(stage / "runs" / "tiny", weights)
+    assemble_weights(stage / "runs" / "tiny", weights)
     metadata = weights / "dataset-metadata.json"
     shutil.copyfile(ROOT / "kaggle" / "weights" / "dataset-metadata.json", metadata)
     mine = weights / "mine.safetensors"
@@ -441,7 +443,7 @@ def test_an_edited_manifest_removes_nothing(stage, tmp_path):
     for name, entry in ((metadata.name, file_facts(metadata)), (mine.name, {})):
         old["models"].append(old["models"][0] | {"file": name} | entry)
         (weights / "manifest.json").write_text(json.dumps(old), encoding="utf-8")
-        kernel.assemble_weights(stage / "runs" / "tiny", weights)
+        assemble_weights(stage / "runs" / "tiny", weights)
         assert metadata.is_file() and mine.is_file()
 
 
@@ -477,7 +479,7 @@ def test_tracked_kernel_is_fit_to_be_pushed(tmp_path, capsys):
         ROOT / "kaggle" / "inference" / "inference.ipynb", copy / "kaggle" / "inference" / "inference.ipynb"
     )
     assert kernel.check_kernel(copy) == []
-    kernel.fill_user(copy, "your-username")  # as it is tracked
+    fill_user(copy, "your-username")  # as it is tracked
     with contextlib.chdir(copy):
         with pytest.raises(SystemExit) as refused:
             kernel.kernel_main(["--check"])
@@ -512,7 +514,7 @@ def test_tracked_kernel_is_fit_to_be_pushed(tmp_path, capsys):
 def test_kernel_metadata_that_kaggle_would_misread(tmp_path, change, words):
     copy = copy_repository(tmp_path / "copy")
     kernel.build_kernel(copy)
-    kernel.fill_user(copy, "your-username")
+    fill_user(copy, "your-username")
     path = copy / "kaggle" / "inference" / "kernel-metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change))
     assert words in "\n".join(kernel.check_kernel(copy))
@@ -534,15 +536,15 @@ def test_dataset_metadata_that_kaggle_would_misread(stage, tmp_path, change, wor
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change))
     assert words in "\n".join(kernel.check_kernel(copy))
     with pytest.raises(ValueError, match=words):
-        kernel.assemble_weights(stage / "runs" / "tiny", copy / "kaggle" / "weights")
+        assemble_weights(stage / "runs" / "tiny", copy / "kaggle" / "weights")
 
 
 def test_check_reads_the_assembled_weights(stage, tmp_path):
     copy = copy_repository(tmp_path / "copy")
-    kernel.fill_user(copy, USER)
+    fill_user(copy, USER)
     weights = copy / "kaggle" / "weights"
     with contextlib.chdir(copy):
-        kernel.weights_main([str(stage / "runs" / "tiny")])
+        weights_main([str(stage / "runs" / "tiny")])
         kernel.kernel_main([])
         kernel.kernel_main(["--check"])
         (weights / "nested").mkdir()
@@ -561,7 +563,7 @@ def test_no_dataset_metadata(stage, tmp_path, capsys):
     (copy / "kaggle" / "weights" / "dataset-metadata.json").unlink()
     remedy = "copy kaggle/weights/dataset-metadata.json there, which git checkout brings back"
     with contextlib.chdir(copy):
-        kernel.weights_main([str(stage / "runs" / "tiny")])
+        weights_main([str(stage / "runs" / "tiny")])
         assert remedy in capsys.readouterr().out
         with pytest.raises(SystemExit, match=remedy):
             kernel.kernel_main(["--check"])
@@ -613,10 +615,10 @@ def test_packed_modules_import_only_what_kaggle_has(name):
 
 
 def test_weights_command(stage, tmp_path, capsys):
-    kernel.weights_main([str(stage / "runs" / "tiny"), "--out", str(tmp_path / "weights")])
+    weights_main([str(stage / "runs" / "tiny"), "--out", str(tmp_path / "weights")])
     assert "tiny_fold1.safetensors" in capsys.readouterr().out
     assert [entry["fold"] for entry in read_manifest(tmp_path / "weights")["models"]] == [0, 1]
     shutil.copytree(stage / "runs" / "tiny", tmp_path / "unfinished")
     (tmp_path / "unfinished" / "fold1" / "done.json").unlink()
     with pytest.raises(SystemExit, match="fold1 of 2 folds not done"):
-        kernel.weights_main([str(tmp_path / "unfinished"), "--out", str(tmp_path / "weights")])
+        weights_main([str(tmp_path / "unfinished"), "--out", str(tmp_path / "weights")])

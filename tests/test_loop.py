@@ -18,11 +18,11 @@ from biomass_lib.config import Config, smoke_config
 from biomass_lib.demo import render_dataset
 from biomass_lib.evaluate import masses_of, read_oof, scores
 from biomass_lib.files import write_csv
-from biomass_lib.kernel import assemble_weights
 from biomass_lib.models import create_model, load_model
 from biomass_lib.runs import fold_line, make_report
 from biomass_lib.tables import TRAIN_COLUMNS, read_text_csv, read_train
 from biomass_lib.targets import TARGETS
+from biomass_lib.weights import assemble_weights
 
 
 @pytest.fixture(scope="module")
