@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from .backbones import create_backbone, token_map
+from .baselines import mean_oof, ridge_oof
 from .command import command, user_path
 from .dataset import HalvesDataset, make_loader, photo_digests
 from .device import pick_device
-from .evaluate import mean_oof, ridge_oof
 from .files import write_csv, write_file, write_json
 from .folds import assign_folds
 from .heads import MassHeads

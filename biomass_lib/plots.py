@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .evaluate import pooled_scores
+from .intervals import pooled_scores
 from .targets import TARGETS
 from .text import figure_text
 

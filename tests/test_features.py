@@ -13,8 +13,8 @@ import timm
 from patience import PATIENCE
 from safetensors.torch import save_file
 
+from biomass_lib.baselines import ridge_oof
 from biomass_lib.demo import render_dataset
-from biomass_lib.evaluate import ridge_oof
 from biomass_lib.features import align_features, extract_features, fit_heads, judge_features, main, read_features
 from biomass_lib.folds import assign_folds
 from biomass_lib.tables import read_train

@@ -16,8 +16,9 @@ from biomass_lib import logs, loop, train
 from biomass_lib.claims import read_done
 from biomass_lib.config import Config, smoke_config
 from biomass_lib.demo import render_dataset
-from biomass_lib.evaluate import masses_of, read_oof, scores
+from biomass_lib.evaluate import read_oof
 from biomass_lib.files import write_csv
+from biomass_lib.intervals import masses_of, scores
 from biomass_lib.models import create_model, load_model
 from biomass_lib.runs import fold_line, make_report
 from biomass_lib.tables import TRAIN_COLUMNS, read_text_csv, read_train
