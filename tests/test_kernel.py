@@ -606,12 +606,17 @@ def test_packed_modules_import_only_what_kaggle_has(name):
     allowed |= {"peft"} if name == "backbones" else set()  # in a function that only training calls
     tree = ast.parse((ROOT / "biomass_lib" / f"{name}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            assert node.module in kernel.MODULES
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("biomass_lib.")):
+            assert node.module.removeprefix("biomass_lib.") in kernel.MODULES  # nbdev leaves imports of several lines
         elif isinstance(node, ast.ImportFrom):
             assert node.module.split(".")[0] in allowed
         elif isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+
+
+def test_contributing_names_what_travels():
+    text = " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
+    assert f"What travels into the kernel ({', '.join(kernel.MODULES)}) needs" in text
 
 
 def test_weights_command(stage, tmp_path, capsys):
