@@ -237,7 +237,7 @@ def _model_note(
     line: pd.Series,  # a row of the table that is a model
     table: pd.DataFrame,  # the whole table
     ridge: str | None,  # the one to beat
-) -> str:  # empty when there is nothing to say
+) -> str:  # empty when there is nothing to warn of
     "Warn of a model that loses to a baseline, or whose lead may be chance."
     if "training mean" in table.index and line["score"] <= table.loc["training mean", "score"]:
         return "no better than the training mean"

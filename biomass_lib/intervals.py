@@ -84,7 +84,7 @@ def _cluster_sums(
     pred_N5: np.ndarray,  # predicted grams
     cluster_N: np.ndarray,  # the visit of each photograph
 ) -> np.ndarray:  # sums_K4, one row a cluster: weight, truth, truth squared, error squared
-    """Add up, in each cluster, what the score follows from.
+    """Add up, in each cluster, the sums from which the score follows.
 
     Raises ValueError on NaN, unequal shapes, a constant truth and fewer than two visits."""
     true_N5, pred_N5 = check_masses(true_N5, pred_N5)
@@ -165,7 +165,7 @@ def _scores_without_each(
     pred_N5: np.ndarray,  # predicted grams
     cluster_N: np.ndarray,  # the visit of each photograph
 ) -> np.ndarray:  # score_K: the pooled score without each cluster; NaN where the others have no spread
-    """Score what is left without each cluster in turn.
+    """Score the other photographs without each cluster in turn.
 
     Raises ValueError on NaN, unequal shapes, a constant truth and fewer than two visits."""
     sums_K4 = _cluster_sums(true_N5, pred_N5, cluster_N)
@@ -257,7 +257,7 @@ def wide_interval(
 # %% ../notebooks/50_intervals.ipynb #c596c242
 def half_widths(
     true_N5: np.ndarray,  # measured grams of photographs that the model did not learn from
-    pred_N5: np.ndarray,  # what it predicted for them
+    pred_N5: np.ndarray,  # grams predicted for them
     new_M5: np.ndarray,  # predicted grams of other photographs
     level: float = 0.9,  # share of the truths that shall lie inside
 ) -> np.ndarray:  # half_M5: grams to both sides
