@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPORT_KEYS', 'Judged', 'judge_run', 'describe_scores', 'describe_run', 'list_warnings', 'library_versions',
-           'report_values', 'write_results', 'read_report', 'show_text', 'show_figure', 'show_table', 'readable_scores',
-           'readable_bias', 'fold_ends', 'state_counts', 'audit_findings', 'pairs_table', 'rank_photos', 'plot_photos',
-           'harmless_html', 'write_html', 'print_scores']
+           'write_results', 'read_report', 'show_text', 'show_figure', 'show_table', 'readable_scores', 'readable_bias',
+           'fold_ends', 'state_counts', 'audit_findings', 'pairs_table', 'rank_photos', 'plot_photos', 'write_html',
+           'print_scores']
 
 # %% ../notebooks/55_report.ipynb #79562ac9
 import json
@@ -341,7 +341,7 @@ def library_versions() -> dict[str, str]:  # name -> version
     return versions | {module.__name__: module.__version__ for module in (torch, timm, np, pd)}
 
 # %% ../notebooks/55_report.ipynb #e3c40dc9
-def report_values(
+def _report_values(
     judged: Judged,
 ) -> dict[str, Any]:  # keys as in REPORT_KEYS
     "Collect what report.json holds."
@@ -373,7 +373,7 @@ def write_results(
     if judged.data_dir:
         _write_baselines(judged.run_dir / "baselines.csv", judged.oof["image_id"], judged.baselines)
     write_csv(judged.table.reset_index(), judged.run_dir / "scores.csv")
-    text = json.dumps(report_values(judged), indent=1, default=float, allow_nan=False)
+    text = json.dumps(_report_values(judged), indent=1, default=float, allow_nan=False)
     write_file(judged.run_dir / "report.json", f"{text}\n")
 
 # %% ../notebooks/55_report.ipynb #292120a2
@@ -603,7 +603,7 @@ def _is_harmless(
     return name in ("class", "id", "alt", "title", "type", "colspan", "rowspan")
 
 
-def harmless_html(
+def _harmless_html(
     body: str,  # of a page
 ) -> str:
     """Show tags that no report needs as text, and drop such attributes.
@@ -624,7 +624,7 @@ def write_html(
 
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, embed_images=True)
     body, _ = exporter.from_filename(str(notebook))
-    write_file(html, _PAGE.format(title=escape(one_line(title)), body=harmless_html(body)))
+    write_file(html, _PAGE.format(title=escape(one_line(title)), body=_harmless_html(body)))
 
 # %% ../notebooks/55_report.ipynb #bc97df23
 def print_scores(
