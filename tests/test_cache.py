@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from patience import PATIENCE
 
-from biomass_lib.cache import fill_cache, is_whole, open_halves
+from biomass_lib.cache import _is_whole, fill_cache, open_halves
 from biomass_lib.images import load_halves
 
 SIZE = 96
@@ -43,7 +43,7 @@ def started(program: str, cache_dir: Path, photos: list[Path]) -> subprocess.Pop
 
 
 def is_right(cache_dir: Path, photos: list[Path]) -> bool:
-    "Whether every photograph is in the cache, whole and with the pixels of a direct decode."
+    "Tell whether every photograph is in the cache, whole and with the pixels of a direct decode."
     files = fill_cache(photos, SIZE, cache_dir)
     return all((open_halves(f) == load_halves(p, SIZE)).all() for p, f in zip(photos, files, strict=True))
 
@@ -54,12 +54,12 @@ def test_killed_process_harms_nobody(photos: list[Path], tmp_path: Path):
 import time
 renamed, replace = [], os.replace
 
-def stuck_replace(draft, file):
+def stuck_replace(temporary, file):
     renamed.append(file)
     if len(renamed) >= 5:
         os.write(1, b"stuck\\n")  # one write: threads speak at once
         time.sleep(600)
-    replace(draft, file)
+    replace(temporary, file)
 
 cache.os.replace = stuck_replace
 fill()
@@ -81,18 +81,18 @@ fill()
     assert other.stdout.readline() == "begun\n"
     os.kill(victim.pid, signal.SIGKILL)
     assert victim.wait(60) == -signal.SIGKILL
-    said, _ = other.communicate(timeout=PATIENCE)
-    assert other.returncode == 0, said
+    output, _ = other.communicate(timeout=PATIENCE)
+    assert other.returncode == 0, output
     folder = cache_dir / f"{SIZE}px_none"
     files = list(folder.glob("*.npy"))
-    assert len(files) == COUNT and all(is_whole(file, SIZE) for file in files)
-    drafts = list(folder.glob(".*.tmp"))
-    assert drafts, "the killed process was not in the middle of a write"
+    assert len(files) == COUNT and all(_is_whole(file, SIZE) for file in files)
+    temporary = list(folder.glob(".*.tmp"))
+    assert temporary, "the killed process was not in the middle of a write"
     before = {file: file.stat().st_mtime_ns for file in files}
     third = started("fill()", cache_dir, photos)
-    said, _ = third.communicate(timeout=PATIENCE)
-    assert third.returncode == 0, said
-    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before  # nothing twice, drafts gone
+    output, _ = third.communicate(timeout=PATIENCE)
+    assert third.returncode == 0, output
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before  # nothing twice, temporary files gone
     assert is_right(cache_dir, photos)
 
 
@@ -115,13 +115,13 @@ fill()
     assert victim.stdout.readline() == "now\n"
     victim.kill()
     victim.wait(60)
-    whole = [is_whole(file, SIZE) for file in cache_dir.rglob("*.npy")]
+    whole = [_is_whole(file, SIZE) for file in cache_dir.rglob("*.npy")]
     assert all(whole)
     assert is_right(cache_dir, photos)
 
 
 def mounts() -> bool:
-    "Whether file systems of our own can be mounted here."
+    "Tell whether file systems of our own can be mounted here."
     if not shutil.which("unshare"):
         return False
     return not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
