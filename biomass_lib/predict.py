@@ -456,7 +456,7 @@ def _predict_batch(
     on_device: _DeviceModels,
     batch: _PhotoBatch,
     budget: _TimeBudget,
-    accumulator: _Accumulator,  # is told of predictions that are not finite
+    accumulator: _Accumulator,  # learns of predictions that are not finite
     size: int,  # photographs at a time
 ) -> tuple[np.ndarray, np.ndarray]:  # mass_B5 and weight_B, summed over the members there was time for
     "Predict a batch with all members."
@@ -528,7 +528,7 @@ def predict_ensemble(
 ) -> Predicted:
     """Predict with every member and view, each photograph decoded once.
 
-    Raises ValueError without members, for unknown views, and for more than `max_broken` faults, with their photographs."""
+    Raises ValueError without members, for unknown views, and for more than `max_broken` faults, with their paths."""
     if not members or not all(member.weight > 0 for member in members):
         raise ValueError(f"nothing to average: {len(members)} models; each must have a weight above zero")
     devices = pick_devices() if devices is None else [torch.device(device) for device in devices]
