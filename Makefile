@@ -9,7 +9,7 @@ RUN := runs/demo
 PAPERMILL = "$(BIN)/papermill" --no-progress-bar --log-level ERROR
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: install newest constraints demo rehearsal test variants tta versions bench bench-gpu check readme kernel clean
+.PHONY: install newest constraints demo rehearsal test variants tta versions bench bench-gpu shape check readme kernel clean
 
 install: $(READY)
 
@@ -124,6 +124,10 @@ check: $(READY)
 	done
 	@"$(BIN)/ruff" check --quiet .
 	@"$(BIN)/ruff" format --quiet --check notebooks tests setup.py
+
+# the size of the code in numbers; of several checkouts: tests/shape.py . ../other
+shape: $(READY)
+	@"$(BIN)/python" tests/shape.py
 
 readme:
 	@"$(BIN)/jupyter" nbconvert --log-level WARN --to markdown --stdout \

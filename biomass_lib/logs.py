@@ -113,9 +113,10 @@ def _can_reach_wandb() -> bool:  # never looks at the key itself
 def _wandb_names(
     config: Config,
 ) -> dict[str, str]:  # group, name
-    "Name a run: the experiment is its group, the fold its name. The server takes 128 printable characters of each."
+    "Name a run: the experiment is its group, `wandb_name` or the fold its name. The server takes 128 characters of each."
     experiment = one_line(config.experiment, longest=100)
-    return {"group": experiment, "name": f"{experiment} fold {config.fold}"}
+    name = one_line(config.wandb_name, longest=100) or f"{experiment} fold {config.fold}"
+    return {"group": experiment, "name": name}
 
 
 def open_wandb(
@@ -131,6 +132,7 @@ def open_wandb(
             raise RuntimeError("no key: `wandb login`, or set WANDB_MODE=offline")
         return wandb.init(
             project=config.wandb_project,
+            entity=config.wandb_entity or None,
             **_wandb_names(config),
             id=run_id,
             resume="allow",

@@ -158,7 +158,7 @@ def prepare_fold(
 ) -> Fold:
     "Read, audit, split and load. Raises ValueError or FileNotFoundError for data that cannot be trained on."
     table, report = _read_audited(config, table)
-    augment = half_augmentation(config.augment)
+    augment = half_augmentation("+".join(config.augment) or "none")
     run_dir = open_run(config)
     fold_N = _read_or_assign_folds(config, table, run_dir)
     parts = [table[rows].reset_index(drop=True) for rows in (fold_N != config.fold, fold_N == config.fold)]
@@ -217,7 +217,7 @@ def build_model(
     "Build the model that the parameters name. Raises as `create_model` does."
     names = ("backbone", "pretrained", "backbone_weights", "img_size", "hidden_ratio", "dropout", "clean", "targets")
     names += ("pool", "fuse", "grid", "film", "condition", "lora_rank")
-    aux = aux_spec(tuple(filter(None, config.aux.split("+"))), train)
+    aux = aux_spec(config.aux, train)
     mean_g = train[list(TARGETS)].to_numpy().mean(axis=0)
     return create_model(config.model, mean_g=mean_g, aux=aux, **{name: getattr(config, name) for name in names})
 

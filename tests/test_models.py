@@ -217,7 +217,7 @@ def test_parameter_files_build_their_model(path: Path):
     options = {
         name: getattr(config, name) for name in ("pool", "fuse", "grid", "film", "condition", "targets", "clean")
     }
-    aux = {name: KNOWN[name] for name in filter(None, config.aux.split("+"))}
+    aux = {name: KNOWN[name] for name in config.aux}
     with torch.device("meta"):
         shape = {"backbone": config.backbone, "img_size": config.img_size, "aux": aux}
         model = create_model(config.model, **shape, **options)
