@@ -193,13 +193,13 @@ def test_paper(home: Path, tmp_path: Path):
     assert len(re.findall(rb"/Subtype\s*/Image", content)) >= FIGURES
 
 
-@pytest.mark.slow
 def forget_files(run: Path) -> None:
     "Make folds as earlier versions left them: nobody knows what their files were."
     for path in run.glob("fold*/done.json"):
         write_json({name: value for name, value in read_json(path).items() if name != "files"}, path)
 
 
+@pytest.mark.slow
 def test_run_without_its_data(copy: Path):
     before = pd.read_csv(copy / "runs/tiny/scores.csv", index_col=0)
     shutil.rmtree(copy / "demo")
