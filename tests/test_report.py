@@ -1,4 +1,4 @@
-"The report of a tiny run as people meet it: files, a browser without a network, paper, a run without its data, the card."
+"The report of a tiny run as people meet it: files, a browser without a network, paper, a run without its data, card."
 
 import base64
 import json
