@@ -1,4 +1,4 @@
-"The report of a tiny run as people meet it: files, a browser without a network, paper, a run that left its data behind, the model card."
+"The report of a tiny run as people meet it: files, a browser without a network, paper, a run without its data, card."
 
 import base64
 import json
@@ -24,13 +24,14 @@ from patience import PATIENCE
 
 from biomass_lib.demo import render_dataset
 from biomass_lib.files import read_json, write_json
+from biomass_lib.report import REPORT_KEYS, read_report
 from biomass_lib.targets import TARGETS, WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-FIGURES = 6  # ladder, scatter with intervals, errors by group, learning curves, worst and best photographs
+FIGURES = 6  # scores, scatter with intervals, errors by group, learning curves, worst and best photographs
 TINY = {
     "data_dir": "demo",
     "experiment": "tiny",
@@ -55,7 +56,7 @@ def command(home: Path, name: str, *arguments: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A folder with demo data and a run of three folds, reported beside a ridge on features from elsewhere: random numbers."
+    "Make demo data and a run of three folds, reported with a ridge on features from elsewhere: random numbers."
     home = tmp_path_factory.mktemp("home")
     render_dataset(home / "demo", n_train=24, n_test=2, seed=0)
     (home / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
@@ -64,8 +65,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pd.DataFrame({"image_id": ids}).to_csv(home / "outside.csv", index=False)
     folds = ("biomass_folds", "tiny.yaml", "--jobs", "2")
     for name, *arguments in (folds, ("biomass_report", "runs/tiny", "--features", "outside.npy")):
-        status, said = command(home, name, *arguments)
-        assert status == 0, said
+        status, output = command(home, name, *arguments)
+        assert status == 0, output
     return home
 
 
@@ -113,7 +114,17 @@ def test_numbers_are_those_of_the_predictions(home: Path):
     assert report["data"]["photographs"] == 24 == sum(report["data"]["States"].values())
     assert report["data"]["demo"] and any("drawn by a program" in line for line in report["warnings"])
     done = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("fold*/done.json"))]
+    assert list(report) == list(REPORT_KEYS)
+    assert read_report(run, done)[1] == "" and "about other weights" in read_report(run, done[1:])[1]
     assert report["models"] == [{key: fold[key] for key in ("fold", "epoch", "score")} for fold in done]
+
+
+def test_notebook_holds_no_logic():
+    "What the report computes is exported and tested; its cells are short, and none is called hidden."
+    notebook = json.loads((ROOT / "notebooks/report.ipynb").read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not [source for source in sources if re.search(r"^(def|class) |^# *\| *hide", source, re.MULTILINE)]
+    assert max(len(source.splitlines()) for source in sources[2:]) <= 15 and len(sources) <= 20
 
 
 def test_html_is_whole_small_and_offline(home: Path):
@@ -133,7 +144,10 @@ def test_html_is_whole_small_and_offline(home: Path):
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "link", "iframe", "object", "embed"}
     assert not [
-        value for _, given in page.tags for key in ("src", "href") if "//" in (value := given.get(key) or "")[:9]
+        value
+        for _, attributes in page.tags
+        for key in ("src", "href")
+        if "//" in (value := attributes.get(key) or "")[:9]
     ]
     assert not re.search(r"url\(|@import", html)
     assert "Traceback" not in html and str(ROOT) not in html and str(home) not in html
@@ -203,8 +217,8 @@ def forget_files(run: Path) -> None:
 def test_run_without_its_data(copy: Path):
     before = pd.read_csv(copy / "runs/tiny/scores.csv", index_col=0)
     shutil.rmtree(copy / "demo")
-    status, said = command(copy, "biomass_report", "runs/tiny")
-    assert status == 0, said
+    status, output = command(copy, "biomass_report", "runs/tiny")
+    assert status == 0, output
     pd.testing.assert_frame_equal(pd.read_csv(copy / "runs/tiny/scores.csv", index_col=0), before)
     html = (copy / "runs/tiny/report.html").read_text(encoding="utf-8")
     assert "the photographs of the run are not here" in html
@@ -213,8 +227,8 @@ def test_run_without_its_data(copy: Path):
     for path in (copy / "runs/tiny/baselines.csv", *copy.glob("runs/tiny/fold*/oof_last.csv")):  # a run of earlier days
         path.unlink()
     forget_files(copy / "runs/tiny")
-    status, said = command(copy, "biomass_report", "runs/tiny")
-    assert status == 0, said
+    status, output = command(copy, "biomass_report", "runs/tiny")
+    assert status == 0, output
     table = pd.read_csv(copy / "runs/tiny/scores.csv", index_col=0)
     assert table.loc["model", "score"] == before.loc["model", "score"]
     assert not [name for name in table.index if name.endswith("ridge")] and "training mean" in table.index
@@ -226,22 +240,24 @@ def test_failed_report_leaves_no_old_one(copy: Path):
     run = copy / "runs/tiny"
     oof = pd.read_csv(run / "fold1/oof.csv")
     oof[1:].to_csv(run / "fold1/oof.csv", index=False)
-    status, said = command(copy, "biomass_report", "runs/tiny")
-    assert status == 1 and "runs/tiny/fold1 is called done, but oof.csv has" in said and "train the fold again" in said
+    status, output = command(copy, "biomass_report", "runs/tiny")
+    assert (
+        status == 1 and "runs/tiny/fold1 is called done, but oof.csv has" in output and "train the fold again" in output
+    )
     forget_files(run)
-    status, said = command(copy, "biomass_report", "runs/tiny")
-    assert status == 1 and "the report failed" in said and oof["image_id"][0] in said
+    status, output = command(copy, "biomass_report", "runs/tiny")
+    assert status == 1 and "the report failed" in output and oof["image_id"][0] in output
     assert not [name for name in ("report.html", "report.json", "scores.csv") if (run / name).exists()]
-    status, said = command(copy, "biomass_report", "runs/tiny", "--data-dir", "nowhere")
-    assert status == 1 and "nowhere has no train.csv" in said
+    status, output = command(copy, "biomass_report", "runs/tiny", "--data-dir", "nowhere")
+    assert status == 1 and "nowhere has no train.csv" in output
 
 
 @pytest.mark.slow
 def test_model_card_says_what_the_report_says(copy: Path):
     run = copy / "runs/tiny"
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    status, said = command(copy, "biomass_weights", "runs/tiny", "--out", "weights")
-    assert status == 0, said
+    status, output = command(copy, "biomass_weights", "runs/tiny", "--out", "weights")
+    assert status == 0, output
     card = (copy / "weights/README.md").read_text(encoding="utf-8")
     assert report["verdict"] in card and "know nothing about real pasture" in card
     for name, row in report["ladder"].items():
@@ -271,20 +287,20 @@ def hostile(letter: str, server: str) -> str:
 
 
 class Visits(BaseHTTPRequestHandler):
-    "Keeps what is asked for."
+    "Record the requests."
 
     def do_GET(self) -> None:
         self.server.visits.append(self.path)
         self.send_response(204)
         self.end_headers()
 
-    def log_message(self, *given: object) -> None:
-        "Say nothing."
+    def log_message(self, *arguments: object) -> None:
+        "Log nothing."
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ThreadingHTTPServer]:
-    "A stranger's page on this machine."
+    "Start a server on this machine that no page should ask for anything."
     with ThreadingHTTPServer(("127.0.0.1", 0), Visits) as server:
         server.visits = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -307,13 +323,13 @@ def strange(tmp_path_factory: pytest.TempPathFactory, server: ThreadingHTTPServe
         table.loc[here, "sample_id"] = image_id + "__" + table.loc[here, "target_name"]
     table.to_csv(home / "demo/train.csv", index=False)
     experiment = "E<meta http-equiv=refresh content=0>**b**$^"
-    given = TINY | {"experiment": experiment, "n_folds": 2, "exclude": [f"{image}excluded"]}
-    (home / "tiny.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    params = TINY | {"experiment": experiment, "n_folds": 2, "exclude": [f"{image}excluded"]}
+    (home / "tiny.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     run = f"runs/{experiment}"
     commands = (("folds", "tiny.yaml", "--jobs", "2"), ("report", run), ("weights", run, "--out", "weights"))
     for name, *arguments in commands:
-        status, said = command(home, f"biomass_{name}", *arguments)
-        assert status == 0, said
+        status, output = command(home, f"biomass_{name}", *arguments)
+        assert status == 0, output
     return home, [state, experiment, f"{image}excluded"]
 
 

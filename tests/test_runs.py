@@ -55,16 +55,16 @@ def started(home: Path, name: str, *arguments: str) -> subprocess.Popen:
 def command(home: Path, name: str, *arguments: str) -> tuple[int, str]:
     "Exit status and all output of a command typed in `home`."
     process = started(home, name, *arguments)
-    said, _ = process.communicate(timeout=PATIENCE)
-    return process.returncode, said
+    output, _ = process.communicate(timeout=PATIENCE)
+    return process.returncode, output
 
 
 @pytest.fixture(scope="module")
 def run_dir(home: Path) -> Path:
     "Two folds, trained side by side."
-    status, said = command(home, "biomass_folds", "tiny.yaml", "--jobs", "2")
-    assert status == 0, said
-    assert "fold 0: score" in said and "fold 1: score" in said
+    status, output = command(home, "biomass_folds", "tiny.yaml", "--jobs", "2")
+    assert status == 0, output
+    assert "fold 0: score" in output and "fold 1: score" in output
     return home / "runs/tiny"
 
 
@@ -78,16 +78,16 @@ def test_folds_leave_their_files(run_dir: Path):
 
 def test_done_folds_are_skipped(home: Path, run_dir: Path):
     before = {path: path.stat().st_mtime_ns for path in run_dir.glob("fold*/*")}
-    status, said = command(home, "biomass_folds", "tiny.yaml")
-    assert status == 0, said
-    assert said.count("(done before)") == 2
+    status, output = command(home, "biomass_folds", "tiny.yaml")
+    assert status == 0, output
+    assert output.count("(done before)") == 2
     assert {path: path.stat().st_mtime_ns for path in run_dir.glob("fold*/*")} == before
 
 
 @pytest.mark.slow
 def test_report_has_the_score(home: Path, run_dir: Path):
-    status, said = command(home, "biomass_report", "runs/tiny")
-    assert status == 0, said
+    status, output = command(home, "biomass_report", "runs/tiny")
+    assert status == 0, output
     table = pd.read_csv(run_dir / "scores.csv", index_col=0)
     assert table.index[0] == "model" and {"State mean", "training mean", "ceiling"} <= set(table.index)
     oof = pd.concat(pd.read_csv(path) for path in run_dir.glob("fold*/oof.csv"))
@@ -96,7 +96,7 @@ def test_report_has_the_score(home: Path, run_dir: Path):
     assert table.loc["model", "Dry_Total_g"] == pytest.approx(1 - error.sum() / spread.sum())
     html = (run_dir / "report.html").read_text(encoding="utf-8")
     score = f"{table.loc['model', 'score']:.3f}"
-    assert score in said and f"<strong>{score}</strong>" in html
+    assert score in output and f"<strong>{score}</strong>" in html
     assert html.count("data:image/png;base64,") == 6
     assert "Traceback" not in html and "<script" not in html and str(ROOT) not in html
     assert not list(run_dir.glob("*.tmp"))
@@ -111,9 +111,9 @@ def test_report_has_the_score(home: Path, run_dir: Path):
     ],
 )
 def test_mistake_stops_before_any_work(home: Path, arguments: tuple, message: str):
-    status, said = command(home, "biomass_folds", "tiny.yaml", "-p", "experiment", "mistake", *arguments)
+    status, output = command(home, "biomass_folds", "tiny.yaml", "-p", "experiment", "mistake", *arguments)
     assert status == 1
-    assert message in said and "Traceback" not in said
+    assert message in output and "Traceback" not in output
     assert not (home / "runs/mistake").exists()
 
 
@@ -123,9 +123,9 @@ def test_mistake_given_to_papermill_itself(home: Path, tmp_path: Path):
         options = ["-f", "tiny.yaml", "-p", "experiment", "mistake", "-p", name, value, "--no-progress-bar"]
         processes[name] = started(home, "papermill", str(NOTEBOOK), str(tmp_path / f"{name}.ipynb"), *options)
     for name, process in processes.items():
-        said, _ = process.communicate(timeout=PATIENCE)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1
-        assert "ValueError" in said and name in said
+        assert "ValueError" in output and name in output
     assert not (home / "runs/mistake").exists()
 
 
@@ -136,11 +136,11 @@ def test_broken_photograph_fails_its_folds_by_name(home: Path, run_dir: Path, tm
     (copy / "runs/tiny/fold1/done.json").unlink()
     photo = sorted((copy / "demo/train").glob("*.jpg"))[0]
     photo.write_bytes(photo.read_bytes()[:20_000])
-    status, said = command(copy, "biomass_folds", "tiny.yaml", "--jobs", "2")
-    assert status == 1, said
-    assert "fold 0: score" in said and "(done before)" in said
-    assert "fold 1 FAILED (exit status 1): ValueError" in said and photo.name in said
-    assert "runs/tiny/fold1/train_fold.ipynb" in said and "failed: fold 1;" in said
+    status, output = command(copy, "biomass_folds", "tiny.yaml", "--jobs", "2")
+    assert status == 1, output
+    assert "fold 0: score" in output and "(done before)" in output
+    assert "fold 1 FAILED (exit status 1): ValueError" in output and photo.name in output
+    assert "runs/tiny/fold1/train_fold.ipynb" in output and "failed: fold 1;" in output
     assert not (copy / "runs/tiny/fold1/done.json").exists()
 
 
@@ -151,10 +151,10 @@ def test_interrupt_ends_the_kernels(home: Path):
     kernels = [pid for pid in descendants(process.pid) if pid != process.pid]
     process.send_signal(signal.SIGINT)
     try:
-        said, _ = process.communicate(timeout=PATIENCE)
+        output, _ = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
-    assert process.returncode == 130, said
+    assert process.returncode == 130, output
     assert not (home / "runs/ended/fold0/done.json").exists()
     assert kernels or sys.platform != "linux"
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in kernels), "the end of the kernels")
