@@ -44,7 +44,7 @@ def command(home: Path, *arguments: str) -> tuple[int, str]:
 def random_file(folder: Path, table: pd.DataFrame, width: int = 64) -> Path:
     "Random features of all photographs of a table and of two others, in another order."
     rng = np.random.default_rng(0)
-    ids = rng.permutation([*table["image_id"], "stranger1", "stranger2"])
+    ids = rng.permutation([*table["image_id"], "unknown1", "unknown2"])
     np.save(folder / "outside.npy", rng.normal(size=(len(ids), width)).astype(np.float32))
     (folder / "outside.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
     return folder / "outside.npy"
