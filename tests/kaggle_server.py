@@ -1,8 +1,8 @@
-"""A Kaggle of our own on the loopback interface: the unmodified `kaggle` client talks to it, and faults happen on demand.
+"""A Kaggle of our own on the loopback interface: the unmodified `kaggle` client talks to it, and faults come on demand.
 
-`kaggle_site(folder)` starts it. `site.environment` is the whole environment for a client (nothing else is let in; without it
-the client would knock at localhost:80 and reach nobody), `site.requests` is what came in, `site.kernel_source(ref)` the pushed
-notebook as it arrived, and `site.arrange(NAME)` brings about one of FAULTS.
+`kaggle_site(folder)` starts it. `site.environment` is the whole environment for a client (nothing else is let in;
+without it the client would knock at localhost:80 and reach nobody), `site.requests` is what came in,
+`site.kernel_source(ref)` the pushed notebook as it arrived, and `site.arrange(NAME)` brings about one of FAULTS.
 """
 
 import base64

@@ -1,7 +1,7 @@
-"""biomass_lib.client with the unmodified `kaggle` client against a Kaggle on the loopback interface: the way to a score, and the faults.
+"""biomass_lib.client with the unmodified `kaggle` client against a Kaggle on the loopback interface.
 
-Each fault's row (what the user sees, the exit status, what the server is left with) goes to runs/faults.md when all of them ran; the table
-of the repository, tests/faults.md, must be the same.
+Each fault's row (what the user sees, the exit status, what the server is left with) goes to runs/faults.md when all of
+them ran; the table of the repository, tests/faults.md, must be the same.
 """
 
 import base64

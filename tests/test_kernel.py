@@ -47,7 +47,8 @@ assert importlib.util.find_spec("biomass_lib") is None, "biomass_lib is installe
 assert [name for _, name in socket.if_nameindex()] == ["lo"], "the network is not cut off"
 notebook = nbformat.read(sys.argv[1], as_version=4)
 config = Config({"KernelManager": {"transport": "ipc"}})
-client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": "."}}, config=config)
+place = {"metadata": {"path": "."}}
+client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place, config=config)
 client.execute()
 nbformat.write(notebook, sys.argv[2])
 """

@@ -1,28 +1,30 @@
 # %% [markdown]
 # # Pasture biomass from a photograph: inference
 #
-# Each photograph shows a 70 x 30 cm quadrat of pasture from above. From it we predict five dry masses in grams: green grass, dead
-# matter, clover, GDM (green dry matter: grass and clover) and the total. This notebook turns trained weights into `submission.csv`,
-# without a network.
+# Each photograph shows a 70 x 30 cm quadrat of pasture from above. From it we predict five dry masses in grams: green
+# grass, dead matter, clover, GDM (green dry matter: grass and clover) and the total. This notebook turns trained
+# weights into `submission.csv`, without a network.
 #
-# **How to run it.** Attach two inputs, the competition `csiro-biomass` and a dataset with the weights (a flat folder of
-# `*.safetensors` with a `manifest.json`), choose a T4 GPU, turn the internet off, and run all cells. On another computer, set the
-# environment variable `BIOMASS_INPUT` to the folder that holds both. Nothing else is needed: the library travels inside this notebook.
+# **How to run it.** Attach two inputs, the competition `csiro-biomass` and a dataset with the weights (a flat folder
+# of `*.safetensors` with a `manifest.json`), choose a T4 GPU, turn the internet off, and run all cells. On another
+# computer, set the environment variable `BIOMASS_INPUT` to the folder that holds both. Nothing else is needed: the
+# library travels inside this notebook.
 #
 # **The method.**
 #
 # 1. The photograph, twice as wide as high, is cut into a left and a right half, and each is made smaller to a square.
-# 2. One image network looks at both halves. What it makes of them goes to small heads: in the reference model, `two_stream`, two feature
-#    vectors side by side; in `dinov2_tiled`, tiles of each half modulated by the other half; in `dense`, a density for each piece of
-#    the picture, added up.
-# 3. Only some of the five masses are learned, the others follow: in the reference *Total*, *GDM* and *Green* are learned, *Dead* = Total -
-#    GDM and *Clover* = GDM - Green, cut off at zero. Three numbers can be learned better than five that have to agree with each other.
-# 4. Several networks vote, one for each fold of the cross-validation. Each had its own visits (dates) held out in training, so they err in
-#    different ways.
-# 5. Each network sees each photograph in several views, as it is and flipped. A quadrat has no up and no left. The halves are flipped one by
-#    one and keep their places, as in training. Which views, the manifest says.
-# 6. The prediction is the weighted mean over networks and views. If the manifest has a projection, it is then moved to the nearest masses
-#    that balance.
+# 2. One image network looks at both halves. What it makes of them goes to small heads: in the reference model,
+#    `two_stream`, two feature vectors side by side; in `dinov2_tiled`, tiles of each half modulated by the other
+#    half; in `dense`, a density for each piece of the picture, added up.
+# 3. Only some of the five masses are learned, the others follow: in the reference *Total*, *GDM* and *Green* are
+#    learned, *Dead* = Total - GDM and *Clover* = GDM - Green, cut off at zero. Three numbers can be learned better
+#    than five that have to agree with each other.
+# 4. Several networks vote, one for each fold of the cross-validation. Each had its own visits (dates) held out in
+#    training, so they err in different ways.
+# 5. Each network sees each photograph in several views, as it is and flipped. A quadrat has no up and no left. The
+#    halves are flipped one by one and keep their places, as in training. Which views, the manifest says.
+# 6. The prediction is the weighted mean over networks and views. If the manifest has a projection, it is then moved
+#    to the nearest masses that balance.
 
 # %%
 import os
@@ -54,10 +56,12 @@ for number in range(torch.cuda.device_count()):
 # %% [markdown]
 # ## The library
 #
-# The next cells write the modules that inference needs into a folder beside this notebook. They are the text of `biomass_lib` as it
-# was used in training, so photographs are decoded, halved and resized by the same code here and there. Read them in this order: `targets`
-# (the five masses), `images` with `artefacts` (from a file to two halves), `tables` (the competition's tables), `backbones`, `heads` and
-# `models` (the network), `predict` (views, devices, means, the time) and `submit` (weights, checks, the submission).
+# The next cells write the modules that inference needs into a folder beside this notebook. They are the text of
+# `biomass_lib` as it was used in training, so photographs are decoded, halved and resized by the same code here and
+# there. Read them in this order: `targets` (the five masses), `images` with `artefacts` (from a file to two halves),
+# `tables` (the competition's tables), `backbones`, `heads` and `models` (the network), `predict` (views, devices,
+# means, the time) and `submit` (weights, checks, the submission). `files` (reading and writing) and `device` (GPUs)
+# serve them all.
 
 # %%
 Path("biomass_lib").mkdir(exist_ok=True)
@@ -75,10 +79,10 @@ from biomass_lib.targets import TARGETS
 # %% [markdown]
 # ## The inputs
 #
-# Kaggle mounts inputs in more than one way, so we do not rely on a path: data and weights are found by what is in them. There must be
-# exactly one of each, else the notebook stops here and prints what it has found; the same thing attached twice counts once, and what cannot be
-# read is passed over and named. Every weights file must have the size and the sha256 that the
-# manifest says; half an upload does not get further than this cell.
+# Kaggle mounts inputs in more than one way, so we do not rely on a path: data and weights are found by what is in
+# them. There must be exactly one of each, else the notebook stops here and prints what it has found; the same thing
+# attached twice counts once, and what cannot be read is passed over and named. Every weights file must have the size
+# and the sha256 that the manifest says; half an upload does not get further than this cell.
 
 # %%
 data_dir, weights_dir = find_inputs(os.environ.get("BIOMASS_INPUT", "/kaggle/input"))
@@ -95,8 +99,9 @@ models.drop(columns=["spec", "sha256"])
 # %% [markdown]
 # ## The devices
 #
-# That a GPU is listed does not mean that this torch can use it, so each has to do one small multiplication. Those that can share the
-# photographs. If none can, we say so and go on with the CPU; if the last one fails later, the CPU takes over.
+# That a GPU is listed does not mean that this torch can use it, so each has to do one small multiplication. Those
+# that can share the photographs. If none can, we say so and go on with the CPU; if the last one fails later, the CPU
+# takes over.
 
 # %%
 devices = pick_devices()
@@ -106,11 +111,12 @@ for device in devices:
 # %% [markdown]
 # ## The submission
 #
-# Threads decode the photographs ahead of the networks, each once for all models and views. The time is watched: if the rest would take longer
-# than there is, views are left out, then models, and it is said. A photograph that cannot be read is given the training mean and named; more
-# than one in fifty stop the notebook, and so do predictions that are all the same or absurd. The table gets its name only after it has been read
-# back and checked: every id of `test.csv` once and in its order, every mass a number and not below zero. A failure stops the notebook. There is
-# no placeholder submission: a score made of constants would hide the failure.
+# Threads decode the photographs ahead of the networks, each once for all models and views. The time is watched: if
+# the rest would take longer than there is, views are left out, then models, and it is said. A photograph that cannot
+# be read is given the training mean and named; more than one in fifty stop the notebook, and so do predictions that
+# are all the same or absurd. The table gets its name only after it has been read back and checked: every id of
+# `test.csv` once and in its order, every mass a number and not below zero. A failure stops the notebook. There is no
+# placeholder submission: a score made of constants would hide the failure.
 
 # %%
 begun = time.monotonic()
@@ -122,7 +128,8 @@ submission.head(10)
 # %% [markdown]
 # ## Do the numbers make sense?
 #
-# From here on nothing can change the submission, so nothing may cost it: a picture that fails is said to have failed, and no more.
+# From here on nothing can change the submission, so nothing may cost it: a picture that fails is said to have failed,
+# and no more.
 
 
 # %%
@@ -136,8 +143,9 @@ def only_a_picture():
 
 
 # %% [markdown]
-# The spread of each mass, beside that of the photographs that these networks were trained on, scaled to as many. Predictions are less spread
-# than what is measured; but where they lie elsewhere altogether, the photographs are of another kind, or the weights are not those that were meant.
+# The spread of each mass, beside that of the photographs that these networks were trained on, scaled to as many.
+# Predictions are less spread than what is measured; but where they lie elsewhere altogether, the photographs are of
+# another kind, or the weights are not those that were meant.
 
 # %%
 parts = submission["sample_id"].str.rpartition("__")
@@ -161,7 +169,8 @@ with only_a_picture():
 predicted.describe().round(2)
 
 # %% [markdown]
-# And a few photographs, from the least to the most total mass predicted. One that cannot be read was given the training mean.
+# And a few photographs, from the least to the most total mass predicted. One that cannot be read was given the
+# training mean.
 
 # %%
 order = predicted["Dry_Total_g"].sort_values().index
