@@ -35,18 +35,18 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 class Killed(BaseException):
-    "As SIGKILL: nothing catches it."
+    "Stand for SIGKILL: nothing catches it."
 
 
 def killed_fold(config: Config, monkeypatch: pytest.MonkeyPatch, epoch: int = 2, **given) -> Path:
-    "The folder of a fold that dies before the validation of an epoch."
+    "Train a fold that dies before the validation of an epoch; return its folder."
     validate, calls = loop.validate, []
 
-    def validate_then_die(*given):
+    def validate_then_die(*args):
         calls.append(1)
         if len(calls) == epoch:
             raise Killed
-        return validate(*given)
+        return validate(*args)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(loop, "validate", validate_then_die)
@@ -57,8 +57,8 @@ def killed_fold(config: Config, monkeypatch: pytest.MonkeyPatch, epoch: int = 2,
 def test_weights_and_their_facts_arrive_together(settings, tmp_path, monkeypatch):
     config, replace = dataclasses.replace(settings, runs_dir=str(tmp_path)), loop.replace_atomically
 
-    def replace_then_die(*given) -> None:
-        replace(*given)
+    def replace_then_die(*args) -> None:
+        replace(*args)
         raise Killed
 
     for _ in range(2):  # one file a life
@@ -231,8 +231,8 @@ def test_thin_strided_shortcuts_are_trained(settings, tmp_path, backbone):
 
 def test_dropout_follows_what_it_belongs_to():
     model = create_model("two_stream", backbone="swin_tiny_patch4_window7_224", img_size=64)
-    for thawed, some, all_of_them in ((0, False, False), (4, True, False), (None, True, True)):
-        model.thaw(thawed)
+    for unfrozen, some, all_of_them in ((0, False, False), (4, True, False), (None, True, True)):
+        model.thaw(unfrozen)
         model.train()
         on = [module.training for name, module in model.backbone.named_modules() if "drop_path" in name]
         assert (any(on), all(on)) == (some, all_of_them)
