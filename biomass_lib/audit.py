@@ -48,7 +48,7 @@ from biomass_lib.images import (
     jpeg_header,
     missing_hint,
 )
-from .tables import ABOUT, TRAIN_COLUMNS, check_columns, listed, read_text_csv
+from .tables import PHOTO_COLUMNS, TRAIN_COLUMNS, check_columns, join_names, read_text_csv
 from .targets import PRIMARY, TARGETS
 
 # %% ../notebooks/17_audit.ipynb #fd758ca8
@@ -92,7 +92,7 @@ def rows_named(
     elif last - first + 1 == len(rows):
         place = f"rows {first} to {last}"
     else:
-        place = f"rows {listed(rows)}"
+        place = f"rows {join_names(rows)}"
     return f"train.csv {place}" + f", {column}" * bool(column)
 
 # %% ../notebooks/17_audit.ipynb #6249e4ab
@@ -208,7 +208,7 @@ def check_cells(
     for (column, check, image_id), part in cases.groupby(["column", "check", "image_id"], sort=False):
         rule = rules[column, check]
         where = rows_named(rows["row"].loc[part["index"]].sort_values(), column)
-        found = listed(repr(str(cell)) for cell in part["failure_case"].unique())
+        found = join_names(repr(str(cell)) for cell in part["failure_case"].unique())
         findings.append(Finding(rule.severity, check, image_id, where, found, rule.remedy))
     return findings
 
@@ -248,7 +248,7 @@ def check_doubled_rows(
     doubled = rows[rows["name"].isin(TARGETS) & rows.duplicated(["image_id", "name"], keep=False)]
     findings = []
     for (image_id, name), part in doubled.groupby(["image_id", "name"]):
-        found = f"{name} comes {len(part)} times: {listed(part['target'].unique())} g"
+        found = f"{name} comes {len(part)} times: {join_names(part['target'].unique())} g"
         findings.append(Finding("error", "doubled_row", image_id, rows_named(part["row"]), found, "keep one of them"))
     return findings
 
@@ -266,13 +266,13 @@ def check_agreement(
     rows: pd.DataFrame,  # of `plain_rows`
 ) -> list[Finding]:
     "The rows of a photograph say the same about it."
-    distinct = rows.groupby("image_id")[list(ABOUT)].nunique()
+    distinct = rows.groupby("image_id")[list(PHOTO_COLUMNS)].nunique()
     findings = []
     for image_id, count in distinct[(distinct > 1).any(axis=1)].iterrows():
         for column in distinct.columns[count > 1]:
             remedy = "the rows of a photograph must agree: correct them, or exclude the photograph"
             where = place_of(rows, image_id, column)
-            found = listed(map(repr, rows.loc[rows["image_id"] == image_id, column].unique()))
+            found = join_names(map(repr, rows.loc[rows["image_id"] == image_id, column].unique()))
             findings.append(Finding("error", "agreement", image_id, where, found, remedy))
     return findings
 
@@ -334,7 +334,7 @@ def check_extremes(
     low, high = np.sqrt(mass["Dry_Total_g"]).quantile([0.25, 0.75])
     limit_g = (high + 4 * max(high - low, 1)) ** 2
     for image_id, mass_5 in mass[(mass > limit_g).any(axis=1)].iterrows():
-        found = listed(f"{name} {value:g}" for name, value in mass_5[mass_5 > limit_g].items())
+        found = join_names(f"{name} {value:g}" for name, value in mass_5[mass_5 > limit_g].items())
         found += f" g, beyond {limit_g:.0f} g"
         findings.append(Finding("warning", "extreme", image_id, place_of(rows, image_id), found, remedy))
     return findings
@@ -607,7 +607,7 @@ def check_unnamed(
         files = [path for path in sorted((data_dir / folder).iterdir()) if path.suffix.lower() in suffixes]
         strangers = [path.name for path in files if folder / path.name not in named]
         if strangers:
-            found = f"{len(strangers)} photographs that no row names: {listed(strangers)}"
+            found = f"{len(strangers)} photographs that no row names: {join_names(strangers)}"
             findings.append(Finding("note", "unnamed", "", f"{folder}/", found, "left out on purpose, or a lost row?"))
     return findings
 
@@ -639,7 +639,7 @@ def decode_small(
     complaints = [line for line in lines if "Corrupt JPEG" in line or "Premature end" in line]
     if photo_HW3 is None:
         return None, "cannot be decoded"
-    return cv2.cvtColor(photo_HW3, cv2.COLOR_BGR2RGB), listed(complaints, 1)
+    return cv2.cvtColor(photo_HW3, cv2.COLOR_BGR2RGB), join_names(complaints, 1)
 
 # %% ../notebooks/17_audit.ipynb #2862d7af
 def green_share(
@@ -795,7 +795,7 @@ def audit(
     "All that is wrong or odd, in one pass. Raises nothing: what is wrong stands in the report."
     absent = [name for name in TRAIN_COLUMNS if name not in long]
     if absent or not len(long):
-        found = f"no column {listed(absent)}" if absent else "no rows"
+        found = f"no column {join_names(absent)}" if absent else "no rows"
         return as_report([Finding("error", "columns", "", "train.csv", found, REMEDY)])
     rows = plain_rows(long)
     findings = [finding for check in TABLE_CHECKS for finding in check(rows)]
@@ -858,7 +858,7 @@ def audit_counts(
         "rows": len(rows),
         "photographs": len(photos),
         "dates": f"{photos['date'].nunique()}, {first} to {last}",
-        "States": listed(f"{state} {n}" for state, n in photos["State"].value_counts().items()),
+        "States": join_names(f"{state} {n}" for state, n in photos["State"].value_counts().items()),
         "species strings": photos["Species"].nunique(),
     }
     for name, mass in masses_of(rows).items():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_oof', 'state_oof', 'colour_statistics', 'texture_statistics', 'ridge_oof', 'ceiling', 'baselines', 'best_ridge',
-           'ladder_rows', 'ladder']
+           'score_rows', 'baseline_table']
 
 # %% ../notebooks/51_baselines.ipynb #382131a7
 from collections.abc import Callable, Iterable
@@ -31,7 +31,7 @@ from biomass_lib.intervals import (
     visit_of,
     wide_interval,
 )
-from .tables import listed, read_text_csv, read_train
+from .tables import join_names, read_text_csv, read_train
 from .targets import TARGETS, all_to_primary, primary_to_all, weighted_r2
 
 # %% ../notebooks/51_baselines.ipynb #ece12570
@@ -172,7 +172,7 @@ def ceiling(
     truth = read_text_csv(path, ("image_id", *columns)).set_index("image_id")[columns].astype(float)
     unknown = [name for name in image_ids if name not in truth.index]
     if unknown:
-        raise ValueError(f"{path} does not know {len(unknown)} photographs: {listed(unknown)}")
+        raise ValueError(f"{path} does not know {len(unknown)} photographs: {join_names(unknown)}")
     return truth.loc[list(image_ids)].to_numpy()
 
 # %% ../notebooks/51_baselines.ipynb #8f1e3a48
@@ -189,7 +189,7 @@ def _run_table(
     lost = oof["image_id"][row_N < 0]
     if len(lost):
         raise ValueError(
-            f"{Path(data_dir) / 'train.csv'} does not have {len(lost)} photographs of {run_dir}: {listed(lost)}"
+            f"{Path(data_dir) / 'train.csv'} does not have {len(lost)} photographs of {run_dir}: {join_names(lost)}"
         )
     if not np.allclose(table[list(TARGETS)].to_numpy()[row_N], masses_of(oof)[0], atol=1e-3):
         raise ValueError(f"the masses in {data_dir} are not those that {run_dir} was trained on")
@@ -212,7 +212,7 @@ def baselines(
     if features is not None:
         lost = sorted(set(table["image_id"]) - set(features.index))
         if lost:
-            raise ValueError(f"the features lack {len(lost)} photographs of {run_dir}: {listed(lost)}")
+            raise ValueError(f"the features lack {len(lost)} photographs of {run_dir}: {join_names(lost)}")
         predictions["feature ridge"] = ridge_oof(features.loc[table["image_id"]].to_numpy(), mass_N5, fold_N)
     paths = [Path(data_dir) / name for name in table["image_path"]]
     statistics_ND = np.concatenate([colour_statistics(paths), texture_statistics(paths)], axis=1)
@@ -246,7 +246,7 @@ def _model_note(
     return f"lead over the {ridge} may be chance" if ridge and not line["ahead_low"] > 0 else ""
 
 # %% ../notebooks/51_baselines.ipynb #944b9823
-def ladder_rows(
+def score_rows(
     true_N5: np.ndarray,  # measured grams
     predictions: dict[str, np.ndarray],  # name -> pred_N5
     ridge: str | None,  # the one to beat, a name of predictions
@@ -270,7 +270,7 @@ def ladder_rows(
     return rows
 
 # %% ../notebooks/51_baselines.ipynb #b89c86fa
-def ladder(
+def baseline_table(
     oof: pd.DataFrame,  # as from read_oof: best epochs
     last: pd.DataFrame | None,  # read_oof(which="last"); None when there is none
     others: dict[str, np.ndarray],  # name -> pred_N5 in the order of oof, as from baselines
@@ -283,7 +283,7 @@ def ladder(
     true_N5, pred_N5 = masses_of(oof)
     predictions = {"model": pred_N5} | ({} if last is None else {"model, last epoch": masses_of(last)[1]}) | others
     ridge = best_ridge(true_N5, others)
-    rows = ladder_rows(true_N5, predictions, ridge, visit_of(oof) if cluster_N is None else cluster_N, level)
+    rows = score_rows(true_N5, predictions, ridge, visit_of(oof) if cluster_N is None else cluster_N, level)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("prediction")
     notes = [_model_note(line, table, ridge) if name.startswith("model") else "" for name, line in table.iterrows()]
     return table.assign(note=notes)

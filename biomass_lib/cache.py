@@ -22,7 +22,7 @@ import numpy as np
 
 from .files import remove_abandoned, temporary_path
 from .images import check_photo_file, load_halves
-from .tables import listed
+from .tables import join_names
 
 # %% ../notebooks/14_cache.ipynb #3f9f8b4b
 _CACHE_FORMAT = 2  # to be raised when load_halves gives other pixels than before, or the files change
@@ -204,7 +204,7 @@ def _for_each_photo(
     done = list(threads.map(attempt, items))
     errors = sorted(error for _, error in done if error)
     if errors:
-        raise ValueError(f"{len(errors)} of {len(items)} photographs cannot be used: {listed(errors)}")
+        raise ValueError(f"{len(errors)} of {len(items)} photographs cannot be used: {join_names(errors)}")
     return [result for result, _ in done]
 
 # %% ../notebooks/14_cache.ipynb #bab6ae23

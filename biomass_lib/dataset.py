@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .augment import augment_halves, mix_right
 from .cache import fill_cache, open_halves
 from .images import load_halves
-from .tables import ABOUT
+from .tables import PHOTO_COLUMNS
 from .targets import TARGETS
 
 # %% ../notebooks/16_dataset.ipynb #4b256cb3
@@ -93,7 +93,7 @@ class HalvesDataset(Dataset):
     @cached_property
     def facts(self) -> dict[str, dict[str, str]]:  # image id (or path) -> what the table and a digest of the file say
         "What a training must find again when it goes on. Reads every photograph once."
-        names = [name for name in (*TARGETS, *ABOUT[2:]) if name in self.table]  # dates are in folds.csv
+        names = [name for name in (*TARGETS, *PHOTO_COLUMNS[2:]) if name in self.table]  # dates are in folds.csv
         rows = self.table[names].astype(str).assign(photograph=photo_digests(self.paths)).to_dict("records")
         return dict(zip(self.table.get("image_id", self.table["image_path"]), rows, strict=True))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DENSITY', 'leaf_area', 'draw_leaves', 'add_artefacts', 'sward_grams', 'render_photo', 'true_density', 'plan_visits',
-           'plan_photos', 'render_dataset', 'main']
+           'plan_photos', 'render_dataset', 'demo_main']
 
 # %% ../notebooks/18_demo.ipynb #d0bf292c
 import argparse
@@ -564,7 +564,7 @@ def _write_tables(
 
 # %% ../notebooks/18_demo.ipynb #d3de27eb
 @command("biomass_demo")
-def main(
+def demo_main(
     argv: list[str] | None = None,  # None: from the command line
 ) -> None:
     "biomass_demo: render a data set."

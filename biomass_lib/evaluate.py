@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from .baselines import ladder_rows
+from .baselines import score_rows
 from .claims import read_done
 from .intervals import masses_of, scores, visit_of
-from .tables import listed, read_text_csv
+from .tables import join_names, read_text_csv
 from biomass_lib.targets import (
     TARGETS,
     WEIGHTS,
@@ -62,7 +62,7 @@ def _fold_tables(
     lost = [path for path in paths if not path.is_file()]
     if lost:
         remedy = "the run was made before this file was written, or it was deleted; remove done.json and train again"
-        raise FileNotFoundError(f"{listed(lost)} missing: {remedy}")
+        raise FileNotFoundError(f"{join_names(lost)} missing: {remedy}")
     text = {"image_id": str, "State": str, "Species": str}
     return [pd.read_csv(path, dtype=text, keep_default_na=False) for path in paths]
 
@@ -77,14 +77,14 @@ def read_oof(
     oof = pd.concat(_fold_tables(run_dir, which)).sort_values("image_id").reset_index(drop=True)
     doubled = oof["image_id"][oof["image_id"].duplicated()].unique()
     if len(doubled):
-        raise ValueError(f"{run_dir}: {len(doubled)} photographs are predicted more than once: {listed(doubled)}")
+        raise ValueError(f"{run_dir}: {len(doubled)} photographs are predicted more than once: {join_names(doubled)}")
     planned = read_text_csv(Path(run_dir) / "folds.csv", ("image_id", "fold")).set_index("image_id")["fold"].astype(int)
     planned = planned[planned.isin(finished_folds(run_dir))]
     predicted = oof.set_index("image_id")["fold"].reindex(planned.index)
     wrong = [*planned.index[predicted != planned], *oof.loc[~oof["image_id"].isin(planned.index), "image_id"]]
     if wrong:
         raise ValueError(
-            f"{run_dir}: {len(wrong)} photographs are not predicted by the fold of folds.csv: {listed(wrong)}"
+            f"{run_dir}: {len(wrong)} photographs are not predicted by the fold of folds.csv: {join_names(wrong)}"
         )
     return oof
 
@@ -102,7 +102,7 @@ def group_scores(
 ) -> pd.DataFrame:  # one row a group: photographs, dates, score, five R2, rmse_total_g, error_share
     "Score each group of photographs, with its share of the pooled error. Raises ValueError for an unknown column."
     if by not in oof:
-        raise ValueError(f"no column {by} to group by; there are {listed(oof.columns, 20)}")
+        raise ValueError(f"no column {by} to group by; there are {join_names(oof.columns, 20)}")
     rows = {}
     for name, part in oof.groupby(by):
         true_N5, pred_N5 = masses_of(part)
@@ -237,7 +237,7 @@ def ensemble_table(
     choices = {_EQUAL: _equal_weights, WEIGHTED: ensemble_weights, _BEST: _best_run}
     predictions = dict(zip(oofs, pred_MN5, strict=True))
     predictions |= {name: _ensemble_oof(true_N5, pred_MN5, fold_N, choose) for name, choose in choices.items()}
-    rows = ladder_rows(true_N5, predictions, _EQUAL, visit_of(first), level)
+    rows = score_rows(true_N5, predictions, _EQUAL, visit_of(first), level)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("prediction")
     weights = pd.Series(ensemble_weights(true_N5, pred_MN5), index=list(oofs))
     table.insert(0, "weight", weights.reindex(table.index))

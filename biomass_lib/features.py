@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['extract_features', 'read_features', 'save_features', 'align_features', 'train_heads', 'fit_heads', 'judge_features',
-           'main']
+           'features_main']
 
 # %% ../notebooks/54_features.ipynb #16386c87
 import argparse
@@ -31,7 +31,7 @@ from .heads import MassHeads
 from .losses import MassLoss
 from .models import TwoStream
 from .optim import cosine_with_warmup, make_optimizer
-from .tables import check_columns, check_photos, listed, read_text_csv, read_train
+from .tables import check_columns, check_photos, join_names, read_text_csv, read_train
 from .targets import TARGETS, weighted_r2
 
 # %% ../notebooks/54_features.ipynb #956190d3
@@ -116,7 +116,7 @@ def _compute_features(
     features_ND = torch.cat(parts).numpy()
     bad = np.flatnonzero(~np.isfinite(features_ND).all(axis=1))
     if len(bad):
-        names = listed(dataset.paths[row].name for row in bad)
+        names = join_names(dataset.paths[row].name for row in bad)
         raise ValueError(f"the features of {len(bad)} photographs are not finite: {names}; look at the weights")
     return features_ND
 
@@ -172,9 +172,9 @@ def _read_ids(
         ids = pd.Index([line for line in lines if line], name="image_id")
     odd = [name for name in ids if not name or "," in name]
     if odd:
-        raise ValueError(f"{path}: {len(odd)} lines are no ids: {listed(odd)}; a CSV needs a header with image_id")
+        raise ValueError(f"{path}: {len(odd)} lines are no ids: {join_names(odd)}; a CSV needs a header with image_id")
     if ids.has_duplicates:
-        raise ValueError(f"{path}: ids listed more than once: {listed(ids[ids.duplicated()].unique())}")
+        raise ValueError(f"{path}: ids listed more than once: {join_names(ids[ids.duplicated()].unique())}")
     return ids
 
 
@@ -199,7 +199,7 @@ def read_features(
         raise ValueError(f"{npy_path} has {len(features_ND)} rows and {ids_path} has {len(ids)} ids: they must match")
     bad = ids[~np.isfinite(features_ND).all(axis=1)]
     if len(bad):
-        raise ValueError(f"{npy_path}: features that are not finite for {len(bad)} photographs: {listed(bad)}")
+        raise ValueError(f"{npy_path}: features that are not finite for {len(bad)} photographs: {join_names(bad)}")
     return pd.DataFrame(features_ND, index=ids)
 
 # %% ../notebooks/54_features.ipynb #958f0c9e
@@ -223,10 +223,10 @@ def align_features(
     "Bring features into the order of a table. Raises ValueError when photographs lack features or have several."
     ids, wanted = pd.Index(features.index), pd.Index(table["image_id"])
     if ids.has_duplicates:
-        raise ValueError(f"features are given more than once for {listed(ids[ids.duplicated()].unique())}")
+        raise ValueError(f"features are given more than once for {join_names(ids[ids.duplicated()].unique())}")
     lacking = wanted[~wanted.isin(ids)]
     if len(lacking):
-        raise ValueError(f"{len(lacking)} of {len(wanted)} photographs have no features: {listed(lacking)}")
+        raise ValueError(f"{len(lacking)} of {len(wanted)} photographs have no features: {join_names(lacking)}")
     return features.loc[wanted].to_numpy(dtype=np.float64)
 
 # %% ../notebooks/54_features.ipynb #ee80d006
@@ -362,7 +362,7 @@ def judge_features(
 
 # %% ../notebooks/54_features.ipynb #5ad3c15a
 @command("biomass_features", (ValueError, RuntimeError, OSError, ArithmeticError, AssertionError))
-def main(
+def features_main(
     arguments: list[str] | None = None,  # None: those of the process
 ) -> None:
     "Run biomass_features. Exit status 1 and a line for data, weights or files that cannot be used."

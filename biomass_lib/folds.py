@@ -16,7 +16,7 @@ import pandas as pd
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold
 
 from .files import write_csv
-from .tables import listed, read_text_csv
+from .tables import join_names, read_text_csv
 from .text import figure_text
 
 # %% ../notebooks/13_folds.ipynb #2bdd3cc4
@@ -65,7 +65,7 @@ def _check_request(
         )
     if scheme == "state" and n_folds != len(groups):
         raise ValueError(
-            f"parameter n_folds = {n_folds} must be {len(groups)}, the number of States ({listed(groups)}): "
+            f"parameter n_folds = {n_folds} must be {len(groups)}, the number of States ({join_names(groups)}): "
             "one is left out a fold"
         )
     if not 2 <= n_folds <= len(groups):
@@ -164,14 +164,14 @@ def read_folds(
     folds = read_text_csv(path, ("image_id", "fold"))
     bad = folds.loc[~folds["fold"].str.fullmatch(r"\d+") | folds["image_id"].duplicated(), "image_id"]
     if len(bad):
-        raise ValueError(f"{path}: no fold number, or a photograph listed twice: {listed(bad)}")
+        raise ValueError(f"{path}: no fold number, or a photograph listed twice: {join_names(bad)}")
     by_id = folds.set_index("image_id")["fold"].astype(int)
     lost, new = by_id.index.difference(table["image_id"]), pd.Index(table["image_id"]).difference(by_id.index)
     if len(lost) or len(new):
         raise ValueError(
             f"{path} is of another train.csv, or of another list of excluded photographs: "
-            f"{len(new)} photographs are not in it ({listed(new)}), "
-            f"{len(lost)} of it are not in the data ({listed(lost)}); use another experiment name"
+            f"{len(new)} photographs are not in it ({join_names(new)}), "
+            f"{len(lost)} of it are not in the data ({join_names(lost)}); use another experiment name"
         )
     return by_id.loc[table["image_id"]].to_numpy()
 
@@ -192,7 +192,7 @@ def write_folds(
         if len(differs):
             rows = [f"{table['image_id'].iloc[i]} ({there_N[i]}, not {fold_N[i]})" for i in differs]
             raise ValueError(
-                f"{path} has other folds for {len(rows)} photographs: {listed(rows)}; use another experiment name"
+                f"{path} has other folds for {len(rows)} photographs: {join_names(rows)}; use another experiment name"
             ) from None
 
 # %% ../notebooks/13_folds.ipynb #332416bf
@@ -210,7 +210,7 @@ def check_folds(
     n_by_group = pd.Series(fold_N).groupby(_fold_groups(table, scheme)).nunique()
     torn = n_by_group.index[n_by_group > 1]
     if len(torn):
-        raise ValueError(f"{len(torn)} groups by {scheme} lie in more than one fold: {listed(torn)}")
+        raise ValueError(f"{len(torn)} groups by {scheme} lie in more than one fold: {join_names(torn)}")
 
 # %% ../notebooks/13_folds.ipynb #6fa4277c
 def _fold_rows(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student_t
 
-from .tables import listed
+from .tables import join_names
 from biomass_lib.targets import (
     TARGETS,
     WEIGHTS,
@@ -301,7 +301,7 @@ def coverage_table(
     "Count measured masses inside their intervals. Raises ValueError for an unknown column and other shapes."
     true_N5, _ = masses_of(oof)
     if by not in oof:
-        raise ValueError(f"no column {by} to group by; there are {listed(oof.columns, 20)}")
+        raise ValueError(f"no column {by} to group by; there are {join_names(oof.columns, 20)}")
     if not low_N5.shape == high_N5.shape == true_N5.shape:
         raise ValueError(f"ends {low_N5.shape} and {high_N5.shape} must have the shape of the masses, {true_N5.shape}")
     inside = pd.DataFrame((true_N5 >= low_N5) & (true_N5 <= high_N5), columns=list(TARGETS)).astype(float)

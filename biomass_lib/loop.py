@@ -26,16 +26,16 @@ from torch.utils.data import DataLoader
 
 from .backbones import layer_numbers
 from biomass_lib.checkpoint import (
-    about,
-    about_changes,
     check_same,
+    environment,
+    environment_changes,
     load_checkpoint,
     rng_state,
     save_checkpoint,
     set_rng_state,
     storable,
 )
-from .config import OF_THE_BOX, Config
+from .config import MACHINE_PARAMETERS, Config
 from .dataset import STAND_IN, lost_batches, make_loader
 from .device import autocast_dtype, pick_device, set_deterministic, set_tf32, steady_memory
 from .files import file_sha256, remove_abandoned, replace_atomically
@@ -539,7 +539,7 @@ def save_training(
         return
     state = {
         "params": t.config.to_dict() | {"processes": world()[1]},
-        "about": about() | {"dtype": str(t.dtype)},
+        "about": environment() | {"dtype": str(t.dtype)},
         "facts": t.facts,
         "progress": dict(vars(t.progress)),
     }
@@ -560,7 +560,7 @@ def resume_training(
     state = load_checkpoint(path)
     if state is None:
         return False
-    check_same(state["params"], storable(t.config.to_dict() | {"processes": world()[1]}), free=OF_THE_BOX)
+    check_same(state["params"], storable(t.config.to_dict() | {"processes": world()[1]}), free=MACHINE_PARAMETERS)
     t.progress = _Progress(**state["progress"])
     what = "the training was begun with other data or another model"
     check_on_main(lambda: check_same(state["facts"], storable(t.facts), what))
@@ -569,7 +569,7 @@ def resume_training(
         if name != "scaler" or state["scaler"]:  # empty where it was not float16 before
             part.load_state_dict(state[name])
     set_rng_state(state["rng"][world()[0]])
-    changes = about_changes(state["about"], about() | {"dtype": str(t.dtype)})
+    changes = environment_changes(state["about"], environment() | {"dtype": str(t.dtype)})
     where = f"epoch {t.progress.epoch}, step {t.progress.step + 1}"
     if is_main():
         print(f"going on from {path.name} at {where}" + f"; {changes}" * bool(changes))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REPORT_KEYS', 'Judged', 'judge_run', 'describe_scores', 'describe_run', 'list_warnings', 'library_versions',
            'write_results', 'read_report', 'show_text', 'show_figure', 'show_table', 'readable_scores', 'readable_bias',
-           'fold_ends', 'state_counts', 'audit_findings', 'pairs_table', 'rank_photos', 'plot_photos', 'write_html',
-           'print_scores']
+           'fold_ends', 'state_counts', 'audit_findings', 'pairs_table', 'rank_photos', 'plot_predictions',
+           'write_html', 'print_scores']
 
 # %% ../notebooks/55_report.ipynb #79562ac9
 import json
@@ -29,7 +29,7 @@ from pandas.io.formats.style import Styler
 
 import biomass_lib
 from .audit import audit
-from .baselines import baselines, best_ridge, ladder, mean_oof, state_oof
+from .baselines import baseline_table, baselines, best_ridge, mean_oof, state_oof
 from .config import Config, config_from_yaml
 from .evaluate import bias_table, finished_folds, fold_scores, missing_folds, read_oof
 from .features import read_features
@@ -164,7 +164,7 @@ def judge_run(
         last=last,
         baselines=others,
         ridge=best_ridge(masses_of(oof)[0], others),
-        table=ladder(oof, last, others, visit_of(oof)),
+        table=baseline_table(oof, last, others, visit_of(oof)),
         level=level,
         low_N5=low_N5,
         high_N5=high_N5,
@@ -533,7 +533,7 @@ def _thumbnail(path: Path) -> np.ndarray:  # image_HW3
     return cv2.cvtColor(small_HW3, cv2.COLOR_BGR2RGB)
 
 
-def plot_photos(
+def plot_predictions(
     oof: pd.DataFrame,  # three photographs
     judged: Judged,  # a run whose data are here
     title: str,

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 
 from .claims import read_done
 from .command import command, user_path
-from .config import OF_THE_BOX, read_yaml
+from .config import MACHINE_PARAMETERS, read_yaml
 from biomass_lib.evaluate import (
     WEIGHTED,
     ensemble_table,
@@ -46,6 +46,7 @@ from biomass_lib.files import (
 from .kaggle_rules import TEMPORARY_FOLDER, check_weights_folder, fill_user, read_metadata, repo_root
 from .models import load_model
 from .predict import DEFAULT_VIEWS, VIEWS, check_views, predict_masses
+from .report import read_report
 from .submit import MANIFEST_FORMAT, parse_manifest, read_manifest
 from .tables import read_train
 from .targets import TARGETS, weighted_r2
@@ -159,7 +160,7 @@ def _model_entry(
     return entry | {"weight": weight, "dtype": "float16" if half else "float32"}, sidecar
 
 # %% ../notebooks/71_weights.ipynb #dc7dcedd
-_NOT_PUBLISHED = (*OF_THE_BOX, "backbone_weights")  # mean nothing elsewhere
+_NOT_PUBLISHED = (*MACHINE_PARAMETERS, "backbone_weights")  # mean nothing elsewhere
 
 
 def _published_params(
@@ -254,25 +255,12 @@ def _remove_temporary(
         (out / TEMPORARY_FOLDER).rmdir()
 
 # %% ../notebooks/71_weights.ipynb #f084473f
-def _read_report(
+def _report_on(
     run_dir: str | Path,  # runs/<experiment>
     manifest: dict[str, Any],  # of the weights that the run is in
 ) -> tuple[dict[str, Any] | None, str]:  # the report, or None and what is missing
-    "Read what `biomass_report` wrote about a run, if it is about these weights."
-    path = Path(run_dir) / "report.json"
-    remedy = "`biomass_report` and then again `biomass_weights`, both with the run folder,"
-    if not path.is_file():
-        return None, f"the run has no report.json; {remedy} write the scores here"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        judged = [(model["fold"], model["epoch"], round(model["score"] or 0, 6)) for model in report["models"]]
-    except (ValueError, KeyError, TypeError):
-        return None, f"the run's report.json cannot be read; {remedy} write it anew"
-    entries = [entry for entry in manifest["models"] if entry["run"] == _run_name(run_dir)]
-    ours = [(entry["fold"], entry["epoch"], round(entry["score"] or 0, 6)) for entry in entries]
-    if judged != ours:
-        return None, f"the run's report.json is about other weights: folds were trained since; {remedy} write it anew"
-    return report, ""
+    "Read what biomass_report said about a run, if it is about these weights."
+    return read_report(run_dir, [entry for entry in manifest["models"] if entry["run"] == _run_name(run_dir)])
 
 # %% ../notebooks/71_weights.ipynb #9b38c562
 def _markdown_table(
@@ -381,7 +369,7 @@ def _without_tags(
 
 
 def _card_scores(
-    report: dict[str, Any] | None,  # as from _read_report
+    report: dict[str, Any] | None,  # as from _report_on
     missing: str = "",  # why there is none
 ) -> str:  # Markdown
     "Say how good the models are, from the report; or what is missing."
@@ -426,7 +414,7 @@ _LIMITS = (
 
 
 def _card_limits(
-    report: dict[str, Any] | None,  # as from _read_report
+    report: dict[str, Any] | None,  # as from _report_on
 ) -> str:
     "List where not to trust the models."
     lines = [] if report is None else list(map(_without_tags, report["warnings"]))
@@ -469,7 +457,7 @@ Without `biomass_lib`: each `.safetensors` is a state dict for the network that 
 
 def _model_card(
     manifest: dict[str, Any],  # of the weights
-    reports: dict[str, tuple[dict[str, Any] | None, str]],  # run -> as from _read_report
+    reports: dict[str, tuple[dict[str, Any] | None, str]],  # run -> as from _report_on
     out: str | Path = "kaggle/weights",  # for the licence
 ) -> str:  # Markdown
     "Write the model card; the same text for the same runs."
@@ -581,7 +569,7 @@ def assemble_weights(
             manifest["runs"][_run_name(run_dir)]["half"] = _half_change(run_dir, data_dir)
     out.mkdir(parents=True, exist_ok=True)
     _fill_folder(out, run_dirs, manifest)
-    reports = {_run_name(run_dir): _read_report(run_dir, manifest) for run_dir in run_dirs}
+    reports = {_run_name(run_dir): _report_on(run_dir, manifest) for run_dir in run_dirs}
     write_file(out / "README.md", _model_card(manifest, reports, out=out), folder=TEMPORARY_FOLDER)
     write_json(manifest, out / "manifest.json", folder=TEMPORARY_FOLDER)
     _remove_temporary(out)

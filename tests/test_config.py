@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from biomass_lib.config import OF_THE_BOX, Config, config_from_yaml, config_to_yaml
+from biomass_lib.config import MACHINE_PARAMETERS, Config, config_from_yaml, config_to_yaml
 from biomass_lib.logs import open_wandb
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def test_parameter_files_of_former_runs_are_read(tmp_path: Path):
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
     config = config_from_yaml(tmp_path / "params.yaml")
     assert (config.aux, config.augment) == (("height", "ndvi"), ("reference", "blur"))
-    written = config_to_yaml(config, without=OF_THE_BOX)
+    written = config_to_yaml(config, without=MACHINE_PARAMETERS)
     assert "aux: height+ndvi\n" in written
     assert "augment: reference+blur\n" in written
     assert "wandb" not in written

@@ -76,7 +76,7 @@ def check(view, events):
         assert data, (f"{name} is there, its content is not", events[-12:])
 
 from biomass_lib import train
-train.main(sys.argv[2:])
+train.train_main(sys.argv[2:])
 print(json.dumps(events))
 """
 

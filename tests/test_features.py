@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 
 from biomass_lib.baselines import ridge_oof
 from biomass_lib.demo import render_dataset
-from biomass_lib.features import align_features, extract_features, fit_heads, judge_features, main, read_features
+from biomass_lib.features import (
+    align_features,
+    extract_features,
+    features_main,
+    fit_heads,
+    judge_features,
+    read_features,
+)
 from biomass_lib.folds import assign_folds
 from biomass_lib.tables import read_train
 from biomass_lib.targets import TARGETS, primary_to_all, weighted_r2
@@ -154,7 +161,7 @@ def test_mistakes_are_lines(
     monkeypatch.chdir(tmp_path)
     save_file(timm.create_model("test_resnet").state_dict(), "resnet.safetensors")
     with pytest.raises(SystemExit, match=f"biomass_features: .*{re.escape(message)}") as ended:
-        main([str(demo), *arguments])
+        features_main([str(demo), *arguments])
     assert len(ended.value.code.splitlines()) <= (10 if "fit" in message else 1)  # a text: status 1
 
 

@@ -21,7 +21,8 @@ import numpy as np, pandas as pd
 from biomass_lib.config import Config, smoke_config
 from biomass_lib.demo import render_dataset
 from biomass_lib.models import load_model
-from biomass_lib.predict import Member, input_of, pick_device, predict_ensemble
+from biomass_lib.device import pick_device
+from biomass_lib.predict import Member, input_of, predict_ensemble
 from biomass_lib.train import train_fold
 
 home, device, amps = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]

@@ -169,7 +169,7 @@ def dying_replace(draft, path):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(draft, path)
 os.replace = dying_replace
-train.main(sys.argv[1:])
+train.train_main(sys.argv[1:])
 """
     command = [sys.executable, "-c", program, parameters(home, "half")]
     assert subprocess.run(command, cwd=home, env=ENVIRONMENT, capture_output=True).returncode == -signal.SIGKILL
