@@ -326,7 +326,7 @@ def test_low_rank_changes_that_nothing_reaches_are_left_out(backbone: str):
 
 
 def test_a_stage_that_would_train_nothing_of_the_backbone_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backbones, "reached_by_lora", lambda name, paths: ["blocks.0.attn.qkv"])
+    monkeypatch.setattr(backbones, "_reached_by_lora", lambda name, paths: ["blocks.0.attn.qkv"])
     with pytest.warns(UserWarning, match="get no low-rank changes"):
         model = create_model("two_stream", backbone="test_vit", img_size=64, lora_rank=2)
     model.thaw(None)
