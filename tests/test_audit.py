@@ -12,7 +12,7 @@ import pandas as pd
 import PIL.Image
 import pytest
 
-from biomass_lib.audit import audit, audit_folder, audit_main, green_share, stop_on_errors
+from biomass_lib.audit import _green_share, audit, audit_folder, audit_main, stop_on_errors
 from biomass_lib.demo import render_dataset
 from biomass_lib.files import write_csv
 from biomass_lib.images import check_photo_file, load_halves, read_photo
@@ -175,7 +175,7 @@ def broken(clean_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     data = Data(folder)
     ids = sorted(data.long["sample_id"].str.split("__").str[0].unique())
     others = ids[: len(ids) - len(DEFECTS)]  # before the victims, which are reported as copies of them
-    greenest = max(ids[len(others) :], key=lambda i: green_share(read_photo(data.path(i))))
+    greenest = max(ids[len(others) :], key=lambda i: _green_share(read_photo(data.path(i))))
     victims = iter([i for i in ids[len(others) :] if i != greenest])
     expected = []
     for number, (severity, check, spoil) in enumerate(DEFECTS):

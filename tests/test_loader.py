@@ -76,7 +76,7 @@ def mounts() -> bool:
 
 
 @pytest.mark.skipif(not mounts(), reason="no user namespaces here, so no small /dev/shm can be mounted")
-def test_small_shared_memory_is_said_and_changes_no_number(home: Path):
+def test_small_shared_memory_is_reported_and_changes_no_number(home: Path):
     "A /dev/shm of 4 MB for batches of 3.1 MB, as docker's 64 MB are for those of the defaults."
     config, _ = smoke_config(Config(cache_dir=""), home / "demo")
     config = dataclasses.replace(config, img_size=256, batch_size=8, workers=2)
@@ -84,13 +84,13 @@ def test_small_shared_memory_is_said_and_changes_no_number(home: Path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "biomass_lib.train", "p.yaml", "-p", "experiment"]
     mount = 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$0" "$@"'
-    said = {}
+    outputs = {}
     for name, before in (("enough", []), ("little", ["unshare", "-rm", "bash", "-c", mount])):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": PATIENCE}
         done = subprocess.run([*before, *command, name], cwd=home, env=environment, **pipes)
         assert done.returncode == 0, done.stdout
-        said[name] = done.stdout
-    assert "/dev/shm has 2 MB for batches of 3 MB: the training process loads by itself" in said["little"]
-    assert "/dev/shm" not in said["enough"]
-    curves = [pd.read_csv(home / f"runs/{name}/fold0/metrics.csv") for name in said]
+        outputs[name] = done.stdout
+    assert "/dev/shm has 2 MB for batches of 3 MB: the training process loads by itself" in outputs["little"]
+    assert "/dev/shm" not in outputs["enough"]
+    curves = [pd.read_csv(home / f"runs/{name}/fold0/metrics.csv") for name in outputs]
     assert curves[0].equals(curves[1])
