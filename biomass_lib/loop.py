@@ -437,7 +437,7 @@ def _open_stage(
     valid_loader: DataLoader,
 ) -> tuple[DataLoader | _FeatureLoader, DataLoader | _FeatureLoader]:  # the loaders from here on
     "Unfreeze so many layers, wrap the model for several processes, and store features that stay the same."
-    t.model.thaw(layers)
+    t.model.unfreeze(layers)
     t.runner = wrap_ddp(_Runner(t.model), t.device)
     if layers == 0:
         return _with_stored_features(t, train_loader), _with_stored_features(t, valid_loader)

@@ -78,9 +78,9 @@ class MassModel(nn.Module):
 
     def freeze_backbone(self, frozen: bool = True) -> None:
         "Stop gradients, batch statistics and dropout in the backbone, whatever `train()` says."
-        self.thaw(0 if frozen else None)
+        self.unfreeze(0 if frozen else None)
 
-    def thaw(self, layers: int | None = None) -> None:
+    def unfreeze(self, layers: int | None = None) -> None:
         "Train so many layers of the backbone, from its end, and freeze the others. None: all; 0: none."
         names = _names_to_train(self.backbone, layers)
         for name, parameter in self.backbone.named_parameters():

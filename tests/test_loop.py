@@ -232,7 +232,7 @@ def test_thin_strided_shortcuts_are_trained(settings, tmp_path, backbone):
 def test_dropout_follows_what_it_belongs_to():
     model = create_model("two_stream", backbone="swin_tiny_patch4_window7_224", img_size=64)
     for unfrozen, some, all_of_them in ((0, False, False), (4, True, False), (None, True, True)):
-        model.thaw(unfrozen)
+        model.unfreeze(unfrozen)
         model.train()
         on = [module.training for name, module in model.backbone.named_modules() if "drop_path" in name]
         assert (any(on), all(on)) == (some, all_of_them)

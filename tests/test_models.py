@@ -177,7 +177,7 @@ def test_heads_that_lie_in_each_other_are_dropped(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_convnext"])
-def test_the_last_layers_are_thawed_and_no_others(backbone: str, layers: int):
+def test_the_last_layers_are_unfrozen_and_no_others(backbone: str, layers: int):
     "Told by names, so that the numbers of layers are tested, too."
     last = {
         "test_resnet": ["layer4.0.", "layer3.0.", "layer2.0."],
@@ -188,7 +188,7 @@ def test_the_last_layers_are_thawed_and_no_others(backbone: str, layers: int):
     model = create_model("two_stream", backbone=backbone, img_size=64, mean_g=MEAN_G)
     for heads in model.heads.layers:
         torch.nn.init.normal_(heads[-1].weight)
-    model.thaw(layers)
+    model.unfreeze(layers)
     weighted(model.train()(brightness(4, 64)[0])).backward()
     names = [name for name, _ in model.backbone.named_parameters()]
     assert {name for name, p in model.backbone.named_parameters() if p.grad is not None} == {
@@ -284,7 +284,7 @@ def test_low_rank_changes_are_trained_and_merged(tmp_path: Path):
     halves_B2CHW, true_B5 = brightness(4, 64)
     model = create_model("two_stream", backbone="test_vit", img_size=64, mean_g=MEAN_G, dropout=0.0, lora_rank=2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.thaw(None)
+    model.unfreeze(None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(5):
         optimizer.zero_grad()
@@ -304,7 +304,7 @@ def test_batch_norms_between_low_rank_changes_are_frozen():
     for layers in model.heads.layers:
         torch.nn.init.normal_(layers[-1].weight)
     before = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    for prepare in (lambda: None, lambda: model.thaw(None), lambda: model.thaw(1)):
+    for prepare in (lambda: None, lambda: model.unfreeze(None), lambda: model.unfreeze(1)):
         prepare()
         weighted(model.train()(brightness(2, 64)[0])).backward()
         assert sum("running_mean" in name for name in before) > 10
@@ -319,7 +319,7 @@ def test_low_rank_changes_that_nothing_reaches_are_left_out(backbone: str):
         model = create_model("two_stream", backbone=backbone, img_size=side, mean_g=MEAN_G, lora_rank=2)
     for layers in model.heads.layers:
         torch.nn.init.normal_(layers[-1].weight)
-    model.thaw(None)
+    model.unfreeze(None)
     weighted(model.train()(brightness(2, side)[0])).backward()
     slopes = {name: p.grad for name, p in model.named_parameters() if ".lora_B" in name}
     assert len(slopes) == 36 and all(slope is not None and slope.any() for slope in slopes.values())
@@ -329,7 +329,7 @@ def test_a_stage_that_would_train_nothing_of_the_backbone_is_refused(monkeypatch
     monkeypatch.setattr(backbones, "_reached_by_lora", lambda name, paths: ["blocks.0.attn.qkv"])
     with pytest.warns(UserWarning, match="get no low-rank changes"):
         model = create_model("two_stream", backbone="test_vit", img_size=64, lora_rank=2)
-    model.thaw(None)
+    model.unfreeze(None)
     with pytest.raises(ValueError, match="lora_rank: the last 1 layers .* set unfreeze to all or to more layers"):
-        model.thaw(1)
+        model.unfreeze(1)
     assert any(p.requires_grad for p in model.backbone.parameters())  # as it was
