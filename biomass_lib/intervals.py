@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['masses_of', 'scores', 'pooled_scores', 'visit_of', 'score_interval', 'jackknife_interval', 'paired_interval',
-           'paired_jackknife', 'wide_interval', 'half_widths', 'conformal_intervals', 'coverage_table']
+           'paired_jackknife', 'wide_interval', 'conformal_intervals', 'coverage_table']
 
 # %% ../notebooks/50_intervals.ipynb #9a3313cf
 import numpy as np
@@ -255,7 +255,7 @@ def wide_interval(
     return (low, high) if np.isfinite([low, high]).all() else (np.nan, np.nan)
 
 # %% ../notebooks/50_intervals.ipynb #c596c242
-def half_widths(
+def _half_widths(
     true_N5: np.ndarray,  # measured grams of photographs that the model did not learn from
     pred_N5: np.ndarray,  # grams predicted for them
     new_M5: np.ndarray,  # predicted grams of other photographs
@@ -280,7 +280,7 @@ def conformal_intervals(
 ) -> tuple[np.ndarray, np.ndarray]:  # low_N5, high_N5: grams
     """Compute an interval for each photograph from the errors in other folds, or visits when there is one fold only.
 
-    Raises ValueError when all photographs are of one visit, and as `half_widths` does."""
+    Raises ValueError when all photographs are of one visit, and as `_half_widths` does."""
     true_N5, pred_N5 = masses_of(oof)
     part_N = oof["fold"].to_numpy() if oof["fold"].nunique() > 1 else visit_of(oof)
     if len(set(part_N)) < 2:
@@ -288,7 +288,7 @@ def conformal_intervals(
     half_N5 = np.empty_like(pred_N5)
     for part in np.unique(part_N):
         here_N = part_N == part
-        half_N5[here_N] = half_widths(true_N5[~here_N], pred_N5[~here_N], pred_N5[here_N], level)
+        half_N5[here_N] = _half_widths(true_N5[~here_N], pred_N5[~here_N], pred_N5[here_N], level)
     return np.maximum(pred_N5 - half_N5, 0), pred_N5 + half_N5
 
 # %% ../notebooks/50_intervals.ipynb #bbed03dc

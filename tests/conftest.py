@@ -1,4 +1,4 @@
-"Tests marked slow run with --slow only: `make test SLOW=1`. Tests that need a program say which, and where it comes from."
+"Tests marked slow run with `make test SLOW=1` only. Tests that need a program say which, and where it comes from."
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"Mistakes and habits of people at a terminal, with the real commands: one line, the usual exit status, nothing left behind."
+"Mistakes and habits of people at a terminal, with the real commands: one line, the usual status, nothing left behind."
 
 import os
 import signal

@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# A model of a disk without a battery. It keeps the content that a file had at its last fsync, and the names that a folder had at its
-# last fsync. Of what came later a disk may have written names before contents, or neither: both extremes are looked at after every
-# single operation.
+# A model of a disk without a battery. It keeps the content that a file had at its last fsync, and the names that a
+# folder had at its last fsync. Of what came later a disk may have written names before contents, or neither: we look
+# at both extremes after every single operation.
 RECORDER = r"""
 import os, sys
 from pathlib import Path
@@ -70,8 +70,9 @@ def check(view, events):
             file.flush()
             progress = load_checkpoint(file.name)["progress"]
         for suffix, digest in progress["best_sha256"].items():
-            found = [view[name] for name in (f"best{progress['best_epoch']}{suffix}", f"weights{suffix}") if name in view]
-            assert digest in [hashlib.sha256(data).hexdigest() for data in found], (suffix, events[-12:])
+            names = (f"best{progress['best_epoch']}{suffix}", f"weights{suffix}")
+            hashes = [hashlib.sha256(view[name]).hexdigest() for name in names if name in view]
+            assert digest in hashes, (suffix, events[-12:])
     for name, data in view.items():
         assert data, (f"{name} is there, its content is not", events[-12:])
 

@@ -28,7 +28,7 @@ LIMITED = {
 
 
 def draw_data(folder: Path) -> Path:
-    "Twelve photographs made of whole numbers only, as PNG and of the size the model sees: no decoder or resizer differs."
+    "Make twelve photographs of whole numbers, as PNG and of the size the model sees: no decoder or resizer differs."
     import cv2
     import numpy as np
     import pandas as pd

@@ -80,7 +80,7 @@ def test_float16_goes_on_from_another_precision(settings, tmp_path, monkeypatch,
 
 
 def test_what_differs_is_refused_by_name(settings, tmp_path, monkeypatch):
-    "Other masses, another photograph under the same name, another network: the first half of the training knew other ones."
+    "Other masses, another photograph under the same name, another network: the training was begun with other ones."
     data_dir = shutil.copytree(settings.data_dir, tmp_path / "demo")
     config, table = dataclasses.replace(settings, data_dir=str(data_dir), runs_dir=str(tmp_path)), read_train(data_dir)
     folder, name = killed_fold(config, monkeypatch, table=table), table.image_id[0]

@@ -141,8 +141,8 @@ def test_sizes_that_a_patch_does_not_divide(backbone: str, name: str):
 
 
 def test_sizes_that_windows_do_not_tile_are_refused_by_name():
-    said = "backbone maxvit_tiny_rw_224 cannot take pictures of 100 px; the nearest side that it can is 96 px: set img_size"
-    with pytest.raises(ValueError, match=said):
+    message = "maxvit_tiny_rw_224 cannot take pictures of 100 px; the nearest side that it can is 96 px: set img_size"
+    with pytest.raises(ValueError, match=message):
         create_model("two_stream", backbone="maxvit_tiny_rw_224", img_size=100)
 
 

@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(home: Path, launcher: list[str], experiment: str, fold: int, **changes) -> tuple[int, str, Path]:
-    "Exit status, output and folder of a fold. It has neither a full last batch in training nor an even number held out."
+    "Train a fold with neither a full last batch nor an even number held out; return status, output and folder."
     config, _ = smoke_config(Config(dropout=0.0, backbone="test_vit"), home / "demo")
     config = dataclasses.replace(config, experiment=experiment, n_folds=3, stage2_epochs=4, **changes)
     (home / f"{experiment}.yaml").write_text(config_to_yaml(config))

@@ -1,4 +1,4 @@
-"The repository itself: what is built is in step, the commands of Makefile and README work in a fresh clone, versions are pinned."
+"The repository itself: what is built is in step, Makefile and README work in a fresh clone, versions are pinned."
 
 import json
 import os
@@ -17,7 +17,7 @@ CLONE = {name: value for name, value in os.environ.items() if name not in ("MAKE
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    "A copy of the tracked and new files, as a person would have it, in a folder with a space; it uses this environment."
+    "Copy the tracked and new files, as a person would have them, into a folder with a space; with this environment."
     copy = tmp_path / "my repository"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],

@@ -20,7 +20,7 @@ from biomass_lib.demo import render_dataset
 
 ROOT = Path(__file__).parent.parent
 SAME = ("metrics.csv", "weights.safetensors", "weights.json", "oof.csv", "oof_last.csv")
-# everything that could go wrong at once: mid-epoch checkpoints, averaged weights, dropout, augmentation, summed-up batches, workers
+# everything at once: mid-epoch checkpoints, averaged weights, dropout, augmentation, summed-up batches, workers
 SETTINGS = {"batch_size": 2, "accumulate": 2, "checkpoint_steps": 1, "ema_decay": 0.9, "workers": 2}
 SETTINGS |= {"stage1_epochs": 3, "stage2_epochs": 8, "n_folds": 3}
 
@@ -145,7 +145,7 @@ OTHER_SETTINGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_SETTINGS)
 def test_killed_with_other_settings(home: Path, name: str):
-    "A checkpoint an epoch, no workers, early stopping; features of stage 1 that are stored, and averages of the last epochs."
+    "A checkpoint an epoch, no workers, early stopping; stored features in stage 1, and averages of the last epochs."
     changes = OTHER_SETTINGS[name]
     ended(begun(home, f"calm_{name}", **changes))
     calm = contents(home / f"runs/calm_{name}/fold0")

@@ -11,8 +11,11 @@ import shape
 TREES = shape.modules(shape.ROOT)
 GRAPH = {module: shape.imports(tree) for module, tree in TREES.items()}
 CELLS = shape.export_cells(shape.ROOT)
-MOST_NAMES = 255  # public functions and classes
-LONG_CELLS = {"05_config: Config": "one line a parameter"}  # notebook and first definition -> why it may be long
+MOST_NAMES = 325  # public functions and classes
+LONG_CELLS = {
+    "05_config: Config": "one line a parameter",
+    "34_logs: RunLog": "ten short methods",
+}  # notebook and first definition -> why it may be long
 
 
 def test_every_module_has_a_numbered_notebook():
