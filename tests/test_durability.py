@@ -177,7 +177,7 @@ def check(view, events):
     for name, data in view.items():
         assert data, (f"{name} is there, its content is not", events[-12:])
 
-from biomass_lib.kernel import assemble_weights
+from biomass_lib.weights import assemble_weights
 assemble_weights(sys.argv[2], sys.argv[1])
 print(json.dumps(events))
 """

@@ -28,7 +28,7 @@ from biomass_lib.tables import read_train
 from biomass_lib.targets import TARGETS, primary_to_all, weighted_r2
 
 ROOT = Path(__file__).parent.parent
-COMMAND = [sys.executable, "-c", "from biomass_lib.features import main; main()"]
+COMMAND = [sys.executable, "-c", "from biomass_lib.features import features_main; features_main()"]
 REAL = Path(os.environ.get("BIOMASS_DATA", "not given"))  # a folder with the real train.csv
 FOLDS = ("--n-folds", "4")
 TINY = ("--backbone", "test_resnet", "--random", "--img-size", "64", *FOLDS)
