@@ -1,6 +1,7 @@
 "Loading when shared memory is small, when a batch never comes, and when a worker is killed."
 
 import dataclasses
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,7 +19,6 @@ from biomass_lib import loop, train
 from biomass_lib.config import Config, config_to_yaml, smoke_config
 from biomass_lib.dataset import HalvesDataset, make_loader
 from biomass_lib.demo import render_dataset
-from biomass_lib.supervise import descendants
 from biomass_lib.tables import read_train
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,8 @@ def test_a_worker_killed_between_batches(home: Path, monkeypatch: pytest.MonkeyP
     config, train_step = dataclasses.replace(config, workers=1), loop.train_step
 
     def killing_step(*given) -> torch.Tensor:
-        os.kill(descendants(os.getpid())[-1], signal.SIGKILL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
         for _ in range(PATIENCE):
             time.sleep(1)  # ends as soon as the signal of the dead worker arrives
         return train_step(*given)

@@ -168,7 +168,7 @@ def test_heads_that_lie_in_each_other_are_dropped(monkeypatch: pytest.MonkeyPatc
         def forward_head(self, features_ND: torch.Tensor, pre_logits: bool) -> torch.Tensor:
             return sum(pool(features_ND) for pool in self.pools.values())
 
-    monkeypatch.setattr(backbones, "outline", lambda name, **options: Toy())
+    monkeypatch.setattr(backbones, "_outline", lambda name, **options: Toy())
     monkeypatch.setattr(backbones, "size_options", lambda name, img_size: {})
     toy = Toy()
     drop_head(toy, "toy", 8)
