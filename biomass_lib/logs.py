@@ -26,6 +26,7 @@ from tqdm import tqdm
 from .config import Config
 from .device import peak_memory_gb
 from .files import write_csv
+from .folds import OKABE_ITO
 from .supervise import descendants
 from .text import one_line
 
@@ -309,7 +310,8 @@ def plot_history(
     )
     panels = [("train/loss", "val/loss"), ("val/score",), ("train/lr",), ("train/grad_norm",)]
     labels = ("loss", "held-out score", "learning rate", "gradient norm")
-    colours = {"train/loss": "#0072B2", "val/loss": "#D55E00", "val/score": "#D55E00"}
+    blue, vermilion = OKABE_ITO[:2]
+    colours = {"train/loss": blue, "val/loss": vermilion, "val/score": vermilion}
     score = history.set_index("epoch")["val/score"][kept]
     for axis, names, label in zip(axes, panels, labels, strict=True):
         for name in names:
@@ -321,7 +323,7 @@ def plot_history(
     axes[0].legend(["training", "held out"], frameon=False)
     if pd.notna(score):  # it is not defined where the held-out truth has no spread
         axes[1].set_ylim(max(-1, history["val/score"].min() - 0.05), 1)
-        axes[1].plot(kept, score, "o", color="#D55E00", markersize=8)
+        axes[1].plot(kept, score, "o", color=vermilion, markersize=8)
         below = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center", "fontsize": 8}
         axes[1].annotate(f"kept: {score:.3f}", (kept, score), **below)
     axes[2].set_yscale("log")
