@@ -161,7 +161,7 @@ _SEGMENTS = 40  # of each edge
 def _edge_bands(
     small_hw3: np.ndarray,
     depth: float,  # share of the height
-) -> tuple[np.ndarray, ...]:  # band_DL3 of each of SIDES: depth from the edge inwards, length along it
+) -> tuple[np.ndarray, ...]:  # band_DL3 of each of _SIDES: depth from the edge inwards, length along it
     "Cut out the strips along the four edges."
     d = max(2, round(depth * len(small_hw3)))
     turned_wh3 = small_hw3.transpose(1, 0, 2)
@@ -171,7 +171,7 @@ def _edge_bands(
 # %% ../notebooks/10_artefacts.ipynb #8940ef5b
 def _segment_means(
     value_DL: np.ndarray,
-) -> np.ndarray:  # mean_DK, float32, K = SEGMENTS
+) -> np.ndarray:  # mean_DK, float32, K = _SEGMENTS
     "Average each segment of a band, row by row."
     return cv2.resize(value_DL.astype(np.float32), (_SEGMENTS, len(value_DL)), interpolation=cv2.INTER_AREA)
 
@@ -369,7 +369,7 @@ def _cut_margins(
 # %% ../notebooks/10_artefacts.ipynb #3ad3c82a
 def clean_photo(
     photo_HW3: np.ndarray,  # uint8 RGB, any size
-    clean: str = "none",  # one of CLEANINGS
+    clean: str = "none",  # none, inpaint, crop or both
 ) -> np.ndarray:  # photo_HW3 of the same shape; the very same array where nothing had to be done
     "Fill stamps and dots in, cut rims and cardboard off. Raises ValueError for an unknown `clean`."
     if clean not in _CLEANINGS:

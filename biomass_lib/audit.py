@@ -48,7 +48,7 @@ _SEVERITIES = ("error", "warning", "note")
 class _Finding(NamedTuple):
     "One row of the report."
 
-    severity: str  # one of SEVERITIES
+    severity: str  # one of _SEVERITIES
     check: str  # short name
     image_id: str  # empty where no photograph in particular is meant
     where: str  # rows of train.csv and their column, or a file
@@ -404,7 +404,7 @@ _HOLE_WORDS = 16  # of 8 bytes
 
 def _longest_hole(
     scan_S: np.ndarray,  # compressed data, uint8
-) -> int:  # where one byte is repeated over HOLE_WORDS words of 8 bytes; -1: nowhere
+) -> int:  # where one byte is repeated over _HOLE_WORDS words of 8 bytes; -1: nowhere
     "Look for a hole, filled with zeros as a rule."
     words_W = scan_S[: len(scan_S) // 8 * 8].view(np.uint64)
     uneven_W = words_W != (words_W & np.uint64(0xFF)) * np.uint64(0x0101010101010101)
@@ -502,7 +502,7 @@ def _look_at_file(
 def _look_at_files(
     rows: pd.DataFrame,  # of `_plain_rows`
     data_dir: Path,
-) -> pd.DataFrame:  # one row a file, columns of FileFacts
+) -> pd.DataFrame:  # one row a file, columns of _FileFacts
     "Look at all photographs of a table; threads read while others compute."
     files = rows.loc[rows["image_path"] != "", ["image_id", "image_path"]].drop_duplicates("image_path")
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -618,7 +618,7 @@ def _overheard():
             lines += file.read().decode(errors="replace").splitlines()
 
 # %% ../notebooks/17_audit.ipynb #ec5583a2
-def _decode_small(
+def _decode_half(
     path: Path,
     height: int,  # of the file, pixels
 ) -> tuple[np.ndarray | None, str]:  # photo_HW3 RGB at half size when it is large; what the decoder complains of
@@ -670,7 +670,7 @@ def _look_at_pixels(
     "Decode each photograph that has passed so far."
     pixels = []
     for file in facts[facts["problem"] == ""].itertuples():
-        photo_HW3, complaint = _decode_small(data_dir / file.image_path, file.height)
+        photo_HW3, complaint = _decode_half(data_dir / file.image_path, file.height)
         facts_of_file = _PixelFacts(file.image_id, file.image_path, file.digest, complaint)
         if not complaint:
             artefacts = ", ".join(name for name, there in find_artefacts(photo_HW3).items() if there)

@@ -23,8 +23,8 @@ _AUGMENT_PARTS = ("oddities", "crop", "reference", "blur", "scale", "swap")  # i
 
 
 def _augment_parts(
-    name: str,  # none, strong, or some of AUGMENT_PARTS joined by "+"
-) -> tuple[str, ...]:  # the parts, in the order of AUGMENT_PARTS
+    name: str,  # none, strong, or some of _AUGMENT_PARTS joined by "+"
+) -> tuple[str, ...]:  # the parts, in the order of _AUGMENT_PARTS
     "List the parts that a name asks for. Raises ValueError for an unknown part and for one that is named twice."
     if name in ("none", "strong"):
         return _AUGMENT_PARTS if name == "strong" else ()
@@ -87,7 +87,7 @@ class _DrawArtefacts(A.ImageOnlyTransform):
 
 # %% ../notebooks/15_augment.ipynb #cd2105bf
 def _part_steps(
-    part: str,  # one of AUGMENT_PARTS
+    part: str,  # one of _AUGMENT_PARTS
 ) -> list[A.BasicTransform]:  # for one half; none for swap, which concerns the photograph
     "List the steps of one part. Raises KeyError for an unknown part."
     return {
@@ -124,7 +124,7 @@ class _HalfAugmentation(A.Compose):
 
 # %% ../notebooks/15_augment.ipynb #229e1643
 def half_augmentation(
-    name: str = "reference",  # none, strong, or some of AUGMENT_PARTS joined by "+"
+    name: str = "reference",  # none, strong, or some of _AUGMENT_PARTS joined by "+"
 ) -> _HalfAugmentation | None:  # for `_augment_half` and `augment_halves`; None when nothing is to be changed
     "Build the training augmentation. Raises ValueError as `_augment_parts` does."
     parts = _augment_parts(name)

@@ -64,7 +64,7 @@ def state_oof(
 _PERCENTILES = (5, 25, 50, 75, 95)
 
 
-def _decode_small(
+def _decode_reduced(
     path: str | Path,  # a photograph
     flags: int,  # of cv2.imdecode
 ) -> np.ndarray:  # uint8
@@ -79,8 +79,8 @@ def _decode_small(
 def _photo_colours(
     path: str | Path,  # a photograph
 ) -> np.ndarray:  # features_D: mean, sd and percentiles of seven channels
-    "Compute the colour statistics of one photograph. Raises as `_decode_small` does."
-    bgr_HW3 = _decode_small(path, cv2.IMREAD_REDUCED_COLOR_8)
+    "Compute the colour statistics of one photograph. Raises as `_decode_reduced` does."
+    bgr_HW3 = _decode_reduced(path, cv2.IMREAD_REDUCED_COLOR_8)
     hsv_P3 = cv2.cvtColor(bgr_HW3, cv2.COLOR_BGR2HSV).reshape(-1, 3) / (180.0, 255.0, 255.0)
     rgb_P3 = bgr_HW3.reshape(-1, 3)[:, ::-1] / 255.0
     share_P3 = rgb_P3 / np.maximum(rgb_P3.sum(axis=1, keepdims=True), 1e-6)
@@ -105,8 +105,8 @@ def _scale_texture(
 def _photo_texture(
     path: str | Path,  # a photograph
 ) -> np.ndarray:  # features_D: four numbers at each of three scales
-    "Compute the texture statistics of one photograph. Raises as `_decode_small` does."
-    grey_HW = _decode_small(path, cv2.IMREAD_REDUCED_GRAYSCALE_4).astype(np.float32) / 255
+    "Compute the texture statistics of one photograph. Raises as `_decode_reduced` does."
+    grey_HW = _decode_reduced(path, cv2.IMREAD_REDUCED_GRAYSCALE_4).astype(np.float32) / 255
     features = []
     for _ in range(3):
         features += _scale_texture(grey_HW)

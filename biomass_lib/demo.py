@@ -252,7 +252,7 @@ def _leaf_shapes(
 # %% ../notebooks/18_demo.ipynb #8c81d5f7
 def _draw_layers(
     canvas_HW3: np.ndarray,  # soil; changed in place
-    shapes: list[tuple[float, str, np.ndarray, np.ndarray]],  # from leaf_shapes
+    shapes: list[tuple[float, str, np.ndarray, np.ndarray]],  # from _leaf_shapes
     layers: int = 6,
 ) -> None:
     "Draw all leaves from the ground up, each layer shading those below."
@@ -462,7 +462,7 @@ def plan_photos(
 # %% ../notebooks/18_demo.ipynb #bab2ab3e
 def _truth_row(
     photo: dict[str, Any],  # from plan_photos
-    truth: dict[str, Any],  # from write_photo
+    truth: dict[str, Any],  # from _write_photo
 ) -> dict[str, Any]:  # one row of truth.csv
     "Collect all that is known about a photograph."
     visit = photo["visit"]

@@ -71,7 +71,7 @@ def _photo_features(
     return features_B2D.mean(dim=1) if join == "mean" else features_B2D.flatten(1)
 
 # %% ../notebooks/54_features.ipynb #da4ab263
-_FEATURE_FORMAT = 2  # to be raised when photo_features gives other numbers than before
+_FEATURE_FORMAT = 2  # to be raised when _photo_features gives other numbers than before
 
 
 def _weights_digest(
