@@ -179,6 +179,14 @@ def _compile_backbone(model: MassModel) -> None:
     model.backbone.compile()
     model.backbone.forward_features = torch.compile(model.backbone.forward_features)  # of models that read the map
 
+# %% ../notebooks/35_loop.ipynb #85bda3cb
+def _keeps_statistics(
+    config: Config,
+) -> bool:
+    "Tell whether the backbone's batch norms keep their statistics."
+    pretrained = config.pretrained or bool(config.backbone_weights)
+    return pretrained if config.batch_norm == "auto" else config.batch_norm == "kept"
+
 # %% ../notebooks/35_loop.ipynb #fec8c681
 def make_training(
     model: MassModel,  # from create_model
@@ -194,6 +202,7 @@ def make_training(
     dtype = autocast_dtype(config.amp, device)
     set_tf32(device, config.tf32)
     steady_memory()
+    model.keeps_statistics = _keeps_statistics(config)
     planes_apart = device.type == "cpu" and _breaks_channels_last(model)
     model.layout = torch.contiguous_format if planes_apart else torch.channels_last
     model.to(device, memory_format=model.layout)
