@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold
 
 from .files import write_csv
 from .tables import join_names, read_text_csv
@@ -129,6 +128,9 @@ def assign_folds(
     seed: int = 0,  # 0: the reference; another number deals anew (period and state do not depend on it)
 ) -> np.ndarray:  # fold_N: 0 to n_folds - 1
     "Give each photograph its fold. Raises ValueError for an unknown scheme and for one that the table does not allow."
+    # here: it takes a second, and all runs of an experiment but the first read folds.csv
+    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold
+
     _check_request(table, n_folds, scheme)
     group_N = _fold_groups(table, scheme)
     groups, group_of_N, n_G = np.unique(group_N, return_inverse=True, return_counts=True)
