@@ -130,7 +130,7 @@ def _is_round(
     x, y, w, h, area = (int(value) for value in stats_5)
     at_border = x == 0 or y == 0 or x + w == shape[1] or y + h == shape[0]
     small, large = min(w, h), max(w, h)
-    right_size = small >= 0.008 * shape[0] and large <= 0.12 * shape[0]
+    right_size = small >= 0.008 * shape[0] and large <= 0.15 * shape[0]
     return right_size and large <= (2.5 if at_border else 1.8) * small and area >= 0.55 * w * h
 
 # %% ../notebooks/10_artefacts.ipynb #8f08f68e
@@ -147,10 +147,11 @@ def find_flash_dots(
         if _is_round(stats_K5[k], seed_hw.shape):
             strength[k] = int(red_hw[y : y + h, x : x + w][label_hw[y : y + h, x : x + w] == k].max())
     mask_hw = np.zeros_like(seed_hw)
+    lamps = max(strength.values(), default=0) >= 95 or sum(red >= 70 for red in strength.values()) >= 3
     for k, red in strength.items():
-        if red >= 70 and (max(strength.values()) >= 95 or sum(other >= 70 for other in strength.values()) >= 3):
+        if lamps and red >= 60:
             centre = tuple(round(float(value)) for value in centre_K2[k])
-            cv2.circle(mask_hw, centre, int(np.ceil(max(stats_K5[k, 2:4]))), 255, -1)
+            cv2.circle(mask_hw, centre, int(np.ceil(0.8 * max(stats_K5[k, 2:4]))), 255, -1)
     return _enlarge_mask(mask_hw, photo_HW3.shape)
 
 # %% ../notebooks/10_artefacts.ipynb #1478d2c0
@@ -338,7 +339,8 @@ def _fill_piece(
     own_3 = piece_hw3[ring_hw].mean(axis=0)
     shift_P3 = np.stack([own_3 - photo_HW3[place][ring_hw].mean(axis=0) for place in free])
     best = int(np.linalg.norm(shift_P3, axis=1).argmin())
-    piece_hw3[hole_hw] = np.round(photo_HW3[free[best]][hole_hw] + shift_P3[best]).clip(0, 255).astype(np.uint8)
+    brighter = shift_P3[best].mean()  # no change of hue: around a flash dot there is some red left
+    piece_hw3[hole_hw] = np.round(photo_HW3[free[best]][hole_hw] + brighter).clip(0, 255).astype(np.uint8)
     return piece_hw3
 
 # %% ../notebooks/10_artefacts.ipynb #13e593cd
@@ -436,13 +438,13 @@ def _dot_places(
     "Draw the places of one or two slightly slanted rows of large dots, or of a few small ones anywhere."
     if rng.random() < 0.3:
         return rng.uniform(0.06, 0.94, (int(rng.integers(1, 4)), 2)), float(rng.uniform(0.01, 0.02))
-    count, tilt, step = int(rng.integers(3, 6)), rng.uniform(-0.12, 0.12), rng.uniform(0.18, 0.24)
+    count, tilt, step = int(rng.integers(3, 6)), rng.uniform(-0.12, 0.12), rng.uniform(0.19, 0.22)
     start_2 = rng.uniform((0.02, 0.05), (0.2, 0.55))
     along_K = np.arange(count) * step
     row_K2 = start_2 + np.stack([along_K, tilt * along_K], axis=1)
-    rows = [row_K2 + (rng.uniform(-0.08, 0.08), 0.38) * np.array(k) for k in range(int(rng.integers(1, 3)))]
+    rows = [row_K2 + (rng.uniform(-0.08, 0.08), 0.35) * np.array(k) for k in range(int(rng.integers(1, 3)))]
     place_K2 = np.concatenate(rows)
-    return place_K2 + rng.normal(0, 0.008, place_K2.shape), float(rng.uniform(0.026, 0.036))
+    return place_K2 + rng.normal(0, 0.008, place_K2.shape), float(rng.uniform(0.04, 0.052))
 
 # %% ../notebooks/10_artefacts.ipynb #9058a04c
 def draw_flash_dots(
@@ -456,7 +458,7 @@ def draw_flash_dots(
     light_HW = np.zeros((height, width))
     for x, y in place_K2 * (width / height, 1):
         distance_HW = np.sqrt((x_W - x) ** 2 + (y_H1 - y) ** 2) / radius
-        light_HW = np.maximum(light_HW, np.exp(-(distance_HW**4)))
+        light_HW = np.maximum(light_HW, np.exp(-(distance_HW**2)))
     light_HW1 = light_HW[..., None]
     grey_HW1 = image_HW3.mean(axis=2, keepdims=True)
     lit_HW3 = np.concatenate([0.4 * grey_HW1 + 165, 0.4 * grey_HW1 + 15, 0.45 * grey_HW1 + 30], axis=2)
