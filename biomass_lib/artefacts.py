@@ -215,7 +215,8 @@ def _rim_cells(
     d, step = max(2, round(0.075 * height)), max(1, round(0.005 * height))
     outer_DL = value_DL[:d]
     smooth_DL = cv2.absdiff(outer_DL, np.roll(outer_DL, step, axis=1)) < 14
-    return _segment_means((outer_DL < 0.85 * np.median(value_DL[d:])) & smooth_DL) >= 0.5
+    inner = np.median(value_DL[d::4, ::4])
+    return _segment_means((outer_DL < 0.85 * inner) & smooth_DL) >= 0.5
 
 # %% ../notebooks/10_artefacts.ipynb #edaf3acb
 def _rim_depth(
@@ -232,17 +233,19 @@ def _rim_depth(
     reach = max(1, round(0.006 * height))
     k_J = np.flatnonzero(line_K)
     end_J = np.array([_dark_end(rim_DK[:, k], max(0, row_K[k] - reach)) for k in k_J])
-    bent_J = end_J - np.polyval(np.polyfit(k_J, end_J, 1), k_J)
+    fit_2 = np.polyfit(k_J, end_J, 1)
+    bent_J = end_J - np.polyval(fit_2, k_J)
     spread = np.subtract(*np.quantile(bent_J, (0.75, 0.25)))
     in_sight = np.quantile(end_J, 0.75) < len(rim_DK)
-    return int(np.quantile(end_J, 0.9)) + 1 if in_sight and spread <= max(1, 0.007 * height) else 0
+    deepest = np.polyval(fit_2, (0, _SEGMENTS - 1)).max() + np.median(bent_J)
+    return int(np.ceil(deepest)) if in_sight and spread <= max(1, 0.007 * height) else 0
 
 # %% ../notebooks/10_artefacts.ipynb #9227a98a
 def find_black_rim(
     photo_HW3: np.ndarray,  # uint8 RGB, any size
 ) -> np.ndarray:  # margins_4, int: pixels at top, right, bottom, left; zeros: none
     "Measure the margins that the dark frame takes up. Raises ValueError for anything but 8-bit RGB."
-    small_hw3 = _reduce_photo(photo_HW3, 1000)
+    small_hw3 = _reduce_photo(photo_HW3, 500)
     depth_4 = [_rim_depth(band_DL3, len(small_hw3)) for band_DL3 in _edge_bands(small_hw3, 0.25)]
     return np.ceil(np.array(depth_4) * len(photo_HW3) / len(small_hw3)).astype(int)
 
@@ -303,8 +306,10 @@ def find_artefacts(
     photo_HW3: np.ndarray,  # uint8 RGB, any size
 ) -> dict[str, bool]:  # by the names of ARTEFACTS
     "Tell which artefacts a photograph has. Raises ValueError for anything but 8-bit RGB."
-    finders = (find_date_stamp, find_flash_dots, find_cardboard, find_black_rim)
-    return {name: bool(find(photo_HW3).any()) for name, find in zip(ARTEFACTS, finders, strict=True)}
+    small_hw3 = _reduce_photo(photo_HW3)
+    finders = (find_date_stamp, find_flash_dots, find_cardboard)
+    found = [bool(find(small_hw3).any()) for find in finders] + [bool(find_black_rim(photo_HW3).any())]
+    return dict(zip(ARTEFACTS, found, strict=True))
 
 # %% ../notebooks/10_artefacts.ipynb #dbb0a669
 _CLEANINGS = ("none", "inpaint", "crop", "both")
