@@ -116,7 +116,7 @@ def _dot_seeds(
     height = len(small_hw3)
     soft_hw3 = cv2.GaussianBlur(small_hw3, (0, 0), max(0.5, 0.004 * height))
     red_hw, green_hw, blue_hw = cv2.split(soft_hw3)
-    bluish_hw = cv2.compare(cv2.add(blue_hw, 25), green_hw, cv2.CMP_GE)
+    bluish_hw = cv2.compare(cv2.add(blue_hw, 12), green_hw, cv2.CMP_GE)
     red_hw = cv2.subtract(red_hw, cv2.max(green_hw, blue_hw))
     seed_hw = cv2.inRange(red_hw, 55, 255) & bluish_hw
     return cv2.morphologyEx(seed_hw, cv2.MORPH_CLOSE, _brush(height, 0.008, 0.008)), red_hw
