@@ -116,7 +116,7 @@ def _dot_seeds(
     height = len(small_hw3)
     soft_hw3 = cv2.GaussianBlur(small_hw3, (0, 0), max(0.5, 0.004 * height))
     red_hw, green_hw, blue_hw = cv2.split(soft_hw3)
-    bluish_hw = cv2.compare(cv2.add(blue_hw, 12), green_hw, cv2.CMP_GE)
+    bluish_hw = cv2.compare(cv2.add(blue_hw, 25), green_hw, cv2.CMP_GE)
     red_hw = cv2.subtract(red_hw, cv2.max(green_hw, blue_hw))
     seed_hw = cv2.inRange(red_hw, 55, 255) & bluish_hw
     return cv2.morphologyEx(seed_hw, cv2.MORPH_CLOSE, _brush(height, 0.008, 0.008)), red_hw
@@ -144,8 +144,12 @@ def find_flash_dots(
     strength = {}
     for k in range(1, len(stats_K5)):
         x, y, w, h, _ = stats_K5[k]
-        if _is_round(stats_K5[k], seed_hw.shape):
-            strength[k] = int(red_hw[y : y + h, x : x + w][label_hw[y : y + h, x : x + w] == k].max())
+        here = (slice(y, y + h), slice(x, x + w))
+        spot_hw = label_hw[here] == k
+        red = int(red_hw[here][spot_hw].max())
+        _, green, blue = small_hw3[here][spot_hw].mean(axis=0)
+        if _is_round(stats_K5[k], seed_hw.shape) and (red >= 95 or green - blue <= 12):
+            strength[k] = red
     mask_hw = np.zeros_like(seed_hw)
     lamps = max(strength.values(), default=0) >= 95 or sum(red >= 70 for red in strength.values()) >= 3
     for k, red in strength.items():

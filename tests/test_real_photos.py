@@ -1,4 +1,4 @@
-"The artefact detectors on real photographs of the competition, where they are at hand: counts only, nothing of the pictures."
+"The artefact detectors on real photographs of the competition, where they are at hand. Counts only, no pictures."
 
 from pathlib import Path
 
