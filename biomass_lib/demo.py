@@ -32,7 +32,7 @@ _STATES = {  # share of visits, species, median grams of grass, clover and dead,
     "Tas": (0.37, ("Ryegrass_Clover", "WhiteClover", "Ryegrass"), (13.0, 5.5, 12.5), 3.4),
     "Vic": (0.31, ("Phalaris_Clover", "Phalaris_Ryegrass_Clover"), (21.5, 4.8, 7.8), 4.5),
     "NSW": (0.22, ("Fescue", "Phalaris", "Lucerne"), (48.0, 0.0, 11.0), 13.5),
-    "WA": (0.10, ("SubcloverLosa", "SubcloverDalkeith", "Clover"), (13.0, 17.0, 0.0), 1.8),
+    "WA": (0.10, ("SubcloverLosa", "SubcloverDalkeith", "Clover"), (13.0, 14.0, 0.0), 1.8),
 }
 _SOILS = [[112, 88, 62], [150, 110, 66], [140, 130, 116], [84, 74, 64], [150, 128, 104]]  # colours, RGB
 
@@ -77,7 +77,7 @@ def _draw_visit(
         date=f"{day.year}/{day.month}/{day.day}",
         species=species,
         level_g=tuple(float(g * scale * part) for g, part in zip(level_g, tilt_3, strict=True)),
-        height_cm=float(height_cm * scale * rng.lognormal(0, 0.3)),
+        height_cm=float(height_cm * scale * rng.lognormal(0, 0.22)),
         tuft=float(rng.uniform(0.3, 0.95)),
         mat=float(rng.beta(0.9, 2.2)),
         litter=float(rng.beta(0.9, 1.6)),
@@ -85,7 +85,7 @@ def _draw_visit(
         hue=float(rng.beta(2, 2)),
         sun=float(rng.uniform()),
         cast_3=tuple(rng.lognormal((0, 0, 0.02), (0.03, 0.02, 0.06)).tolist()),
-        saturation=float(rng.lognormal(0, 0.1)),
+        saturation=float(rng.lognormal(0, 0.15)),
         blur=float(rng.uniform(0.3, 0.8)),
         date_stamp=bool(rng.random() < 0.25),
     )
@@ -359,7 +359,7 @@ def _light_relief(
     height_hw = cv2.GaussianBlur(cv2.resize(height_hw, (500, 250), interpolation=cv2.INTER_LINEAR), (0, 0), 4)
     hollow_hw = height_hw - cv2.GaussianBlur(height_hw, (0, 0), 40)
     slope_hw = height_hw - np.roll(height_hw, (8, 8), axis=(0, 1))
-    light_hw = np.exp(np.clip(0.55 * hollow_hw + (0.3 + 0.5 * sun) * slope_hw, -1, 0.6))
+    light_hw = np.exp(np.clip(0.65 * hollow_hw + (0.3 + 0.5 * sun) * slope_hw, -1.2, 0.3))
     canvas_HW3 *= cv2.resize(light_hw, (2000, 1000), interpolation=cv2.INTER_LINEAR)[..., None]
 
 # %% ../notebooks/18_demo.ipynb #a157aa35
@@ -397,10 +397,10 @@ def _colour_matrix(
     luma_3, usual = np.array([0.3, 0.59, 0.11]), 122.0
     gain_3 = np.array(visit.cast_3) * rng.lognormal(0, (0.03, 0.02, 0.05))
     gain_3 *= (mean_3.mean() / mean_3) ** rng.uniform(0, 0.3)
-    saturation = visit.saturation * rng.lognormal(-0.05, 0.08)
+    saturation = visit.saturation * rng.lognormal(0, 0.18)
     matrix_33 = saturation * np.diag(gain_3) + (1 - saturation) * np.outer(np.ones(3), luma_3 * gain_3)
     matrix_33 *= usual * rng.lognormal(0, 0.09) / float(luma_3 @ (gain_3 * mean_3))
-    contrast = (0.95 + 0.2 * visit.sun) * rng.lognormal(0, 0.06)
+    contrast = (0.82 + 0.12 * visit.sun) * rng.lognormal(0, 0.12)
     return np.hstack([contrast * matrix_33, np.full((3, 1), usual * (1 - contrast))])
 
 
@@ -434,7 +434,7 @@ def sward_grams(
     wanted_3 *= rng.random(3) > (grass, clover, 0.09 if visit.state == "NSW" else 0.005)  # how often one is missing
     if not wanted_3[:2].any():  # something green grows everywhere
         wanted_3[0] = visit.level_g[0]
-    return np.minimum(wanted_3, (150, 70, 80))
+    return np.minimum(wanted_3, (130, 50, 70))
 
 # %% ../notebooks/18_demo.ipynb #5116947c
 def _sward_height(
@@ -444,7 +444,7 @@ def _sward_height(
 ) -> float:  # cm
     "Draw how tall the sward of one quadrat stands: taller where more grass grows."
     more = (wanted_g[0] + 2) / (visit.level_g[0] + 2)
-    return float(visit.height_cm * more**0.5 * rng.lognormal(0, 0.35))
+    return float(visit.height_cm * more**0.6 * rng.lognormal(0, 0.4))
 
 # %% ../notebooks/18_demo.ipynb #11c917d1
 def render_photo(
