@@ -33,7 +33,7 @@ PHOTOS = {
 }
 
 
-@pytest.fixture(scope="module", params=[0, 1])
+@pytest.fixture(scope="module", params=[0])
 def drawn(request, tmp_path_factory):  # folder and table of a data set
     folder = tmp_path_factory.mktemp("demo") / "data"
     render_dataset(folder, n_train=96, n_test=1, seed=request.param)
