@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .backbones import create_backbone, token_map
+from .bank import weights_digest
 from .baselines import mean_oof, ridge_oof
 from .command import command, user_path
 from .dataset import HalvesDataset, make_loader, photo_digests
@@ -70,21 +71,10 @@ def _photo_features(
     features_B2D = features_ND.float().unflatten(0, (-1, 2))
     return features_B2D.mean(dim=1) if join == "mean" else features_B2D.flatten(1)
 
-# %% ../notebooks/54_features.ipynb #da4ab263
+# %% ../notebooks/54_features.ipynb #28fa190c
 _FEATURE_FORMAT = 2  # to be raised when _photo_features gives other numbers than before
 
 
-def _weights_digest(
-    network: nn.Module,
-) -> str:  # hash of all parameters and buffers, with their names
-    "Hash the weights, wherever they came from."
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-# %% ../notebooks/54_features.ipynb #28fa190c
 def _stored_features(
     file: Path,  # <key>.npy
     digests: list[str],  # of the N photographs
@@ -140,7 +130,7 @@ def extract_features(
     check_columns(table, ("image_id", "image_path"), "the table of photographs")
     check_photos(table, data_dir)
     model = _frozen_backbone(backbone, img_size, pretrained, backbone_weights)
-    recipe = {"format": _FEATURE_FORMAT, "backbone": backbone, "weights": _weights_digest(model.backbone)}
+    recipe = {"format": _FEATURE_FORMAT, "backbone": backbone, "weights": weights_digest(model.backbone)}
     recipe |= {"img_size": img_size, "clean": clean, "dense": dense, "join": join}
     recipe |= {"timm": timm.__version__, "opencv": cv2.__version__}
     digests = photo_digests([Path(data_dir) / name for name in table["image_path"]])
@@ -229,18 +219,6 @@ def align_features(
     return features.loc[wanted].to_numpy(dtype=np.float64)
 
 # %% ../notebooks/54_features.ipynb #ee80d006
-@torch.no_grad()
-def _absorb_scale(
-    heads: MassHeads,  # trained on (features - mean_D) / sd_D; changed in place
-    mean_D: torch.Tensor,
-    sd_D: torch.Tensor,
-) -> None:
-    "Let the first layers do the scaling from now on."
-    for layers in heads.layers:
-        layers[0].weight /= sd_D
-        layers[0].bias -= layers[0].weight @ mean_D
-
-
 def _check_features(
     features_ND: np.ndarray,
     mass_N5: np.ndarray,  # measured grams
@@ -260,38 +238,35 @@ def _train_heads(
     features_ND: np.ndarray,  # as the backbone gives them
     mass_N5: np.ndarray,  # measured grams
     *,
-    epochs: int = 40,
-    lr: float = 3e-3,  # peak
+    epochs: int = 20,
+    lr: float = 1e-3,  # peak
     weight_decay: float = 0.01,
     hidden_ratio: float = 0.25,  # hidden width as a share of the features
     dropout: float = 0.30,
     loss_beta_g: float = 10.0,  # grams of error at which the Huber loss turns from square to linear
-    batch_size: int = 32,  # photographs a step
+    batch_size: int = 8,  # photographs a step
     seed: int = 0,  # of weights, batches and dropout
 ) -> MassHeads:  # in evaluation mode; takes features as the backbone gives them
     "Train the heads of `two_stream` on stored features. Raises FloatingPointError when the loss is not finite."
     features = torch.as_tensor(np.asarray(features_ND), dtype=torch.float32)
     true_N5 = torch.as_tensor(np.asarray(mass_N5), dtype=torch.float32)
-    mean_D, sd_D = features.mean(dim=0), features.std(dim=0, correction=0)
-    sd_D = torch.where(sd_D > 1e-6 * (mean_D.abs() + sd_D.mean()), sd_D, torch.inf)
-    scaled = (features - mean_D) / sd_D
     criterion = MassLoss(max(float(true_N5[:, TARGETS.index("Dry_Total_g")].std()), 1e-3), loss_beta_g)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mean_g = true_N5.mean(dim=0).tolist()
         heads = MassHeads(features.shape[1], hidden_ratio, dropout, mean_g).train()
         optimizer = make_optimizer(heads, weight_decay)
-        batches = [rows for _ in range(epochs) for rows in torch.randperm(len(scaled)).split(batch_size)]
+        batches = [rows for _ in range(epochs) for rows in torch.randperm(len(features)).split(batch_size)]
         for step, rows in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = lr * cosine_with_warmup(step, len(batches))
-            loss, _ = criterion(heads(scaled[rows]), true_N5[rows])
+            loss, _ = criterion(heads(features[rows]), true_N5[rows])
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
             optimizer.step()
-    _absorb_scale(heads, mean_D, sd_D)
     return heads.eval().requires_grad_(False)
 
 # %% ../notebooks/54_features.ipynb #36e00341
