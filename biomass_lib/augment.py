@@ -118,9 +118,10 @@ class _HalfAugmentation(A.Compose):
         self,
         steps: list[A.BasicTransform],
         swap: bool = False,  # heeded by `augment_halves`
+        name: str = "",  # its parts; what stores augmented pictures goes by it
     ):
         super().__init__(steps, seed=0)
-        self.swap = swap
+        self.swap, self.name = swap, name
 
 # %% ../notebooks/15_augment.ipynb #229e1643
 def half_augmentation(
@@ -130,7 +131,8 @@ def half_augmentation(
     parts = _augment_parts(name)
     if not parts:
         return None
-    return _HalfAugmentation([step for part in parts for step in _part_steps(part)], swap="swap" in parts)
+    steps = [step for part in parts for step in _part_steps(part)]
+    return _HalfAugmentation(steps, swap="swap" in parts, name="+".join(parts))
 
 # %% ../notebooks/15_augment.ipynb #d87f0d72
 def _augment_half(
@@ -150,12 +152,13 @@ def augment_halves(
     augment: _HalfAugmentation | None,  # of `half_augmentation`; None changes nothing
     halves_2SS3: np.ndarray,  # left and right half, uint8; never changed in place
     *seeds: int,  # what names this draw: seed, epoch, row
+    swap: bool = True,  # exchange the halves if the augmentation does
 ) -> np.ndarray:  # halves_2SS3, uint8
     "Change each half on its own, then exchange both if `swap` is among the parts and the coin falls so."
     if augment is None:
         return halves_2SS3
     changed_2SS3 = np.stack([_augment_half(augment, halves_2SS3[half], *seeds, half) for half in range(2)])
-    if augment.swap and np.random.default_rng((*seeds, 2)).random() < 0.5:
+    if swap and augment.swap and np.random.default_rng((*seeds, 2)).random() < 0.5:
         return changed_2SS3[::-1].copy()
     return changed_2SS3
 

@@ -137,6 +137,7 @@ class Config:
     warmup: float = _number(0.1, least=0, below=1)  # share of each stage's steps in which the learning rate rises
     grad_clip: float = _number(1.0, least=0)  # largest norm of the gradient; 0 is off
     accumulate: int = _number(1, least=1, most=100_000)  # batches summed up into one step of the optimizer
+    batch_norm: str = _choice("auto", "kept", "trained")  # the backbone's statistics; auto: kept where it's pretrained
     unfreeze: str = _checked("all", _is_unfreeze, _UNFREEZE)  # in stage 2: all, gradual (over half of it), or last4
     layer_decay: float = _number(1.0, above=0, most=1)  # of learning rates, from each layer to the one below; 1 is off
     ema_decay: float = _number(0.0, least=0, below=1)  # average of weights, validated and kept instead; 0 is off
@@ -396,7 +397,12 @@ def config_from_yaml(
         raise ValueError(f"{path}: {error}") from error
 
 # %% ../notebooks/05_config.ipynb #eb27ff57
-_BEFORE = {"head_lr": 0.0, "bank": 0, "keep": "best"}  # what was done before the parameter existed
+_BEFORE = {
+    "head_lr": 0.0,
+    "bank": 0,
+    "keep": "best",
+    "batch_norm": "trained",
+}  # what was done before the parameter existed
 
 
 def run_config(

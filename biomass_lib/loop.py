@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .backbones import layer_numbers
+from .bank import BankLoader, fill_bank
 from biomass_lib.checkpoint import (
     check_same,
     environment,
@@ -77,14 +78,16 @@ def _epoch_rates(
     config: Config,
     epoch: int,  # from 1
     steps: int,  # of the optimizer in an epoch
-) -> list[float]:  # learning rate of each step
+) -> list[tuple[float, float]]:  # learning rates of each step: of the heads, of the backbone
     "Compute the learning rates of an epoch: warm-up and cosine over the whole of its stage."
-    if epoch <= config.stage1_epochs:
-        before, epochs, peak = epoch - 1, config.stage1_epochs, config.stage1_lr
+    c = config
+    if epoch <= c.stage1_epochs:
+        before, epochs, peaks = epoch - 1, c.stage1_epochs, (c.stage1_lr, 0.0)
     else:
-        before, epochs, peak = epoch - 1 - config.stage1_epochs, config.stage2_epochs, config.stage2_lr
-    first, last = before * steps, epochs * steps
-    return [peak * cosine_with_warmup(first + step, last, config.warmup) for step in range(steps)]
+        before, epochs = epoch - 1 - c.stage1_epochs, c.stage2_epochs
+        peaks = (c.head_lr or c.stage2_lr, c.stage2_lr)
+    factors = [cosine_with_warmup(before * steps + step, epochs * steps, c.warmup) for step in range(steps)]
+    return [(factor * peaks[0], factor * peaks[1]) for factor in factors]
 
 # %% ../notebooks/35_loop.ipynb #446dd521
 def _unfrozen_layers(
@@ -176,6 +179,14 @@ def _compile_backbone(model: MassModel) -> None:
     model.backbone.compile()
     model.backbone.forward_features = torch.compile(model.backbone.forward_features)  # of models that read the map
 
+# %% ../notebooks/35_loop.ipynb #85bda3cb
+def _keeps_statistics(
+    config: Config,
+) -> bool:
+    "Tell whether the backbone's batch norms keep their statistics."
+    pretrained = config.pretrained or bool(config.backbone_weights)
+    return pretrained if config.batch_norm == "auto" else config.batch_norm == "kept"
+
 # %% ../notebooks/35_loop.ipynb #fec8c681
 def make_training(
     model: MassModel,  # from create_model
@@ -191,6 +202,7 @@ def make_training(
     dtype = autocast_dtype(config.amp, device)
     set_tf32(device, config.tf32)
     steady_memory()
+    model.keeps_statistics = _keeps_statistics(config)
     planes_apart = device.type == "cpu" and _breaks_channels_last(model)
     model.layout = torch.contiguous_format if planes_apart else torch.channels_last
     model.to(device, memory_format=model.layout)
@@ -291,11 +303,11 @@ def _restore_statistics(
 def train_step(
     t: Training,
     batches: list[dict[str, torch.Tensor]],  # one, or several that are summed up
-    lr: float,  # learning rate
+    rates: tuple[float, float],  # learning rates of the heads and of the backbone
 ) -> torch.Tensor:  # sums_7: photographs; loss and its three parts, times photographs; gradient norm; steps
     "Take one step of the optimizer. Raises FloatingPointError when the loss is not finite, see `check_finite`."
     for group in t.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = rates[group["backbone"]] * group["lr_scale"]
     rows = [int((batch["index"] != STAND_IN).sum()) for batch in batches]
     total = float(reduce_sum(torch.tensor(float(sum(rows)))))  # on the CPU: a GPU need not be waited for
     statistics = _copy_statistics(t)
@@ -320,33 +332,34 @@ def train_step(
 # %% ../notebooks/35_loop.ipynb #93ba272e
 def _epoch_row(
     p: _Progress,  # at the end of the epoch
-    lr: float,  # of its last step
+    rates: tuple[float, float],  # of heads and backbone in its last step
 ) -> dict[str, float]:  # under their logged names
     "Turn the sums of an epoch into means."
     photographs, *sums, norms, steps = p.sums_7.tolist()
     names = ("train/loss", "train/loss_total", "train/loss_gdm", "train/loss_green")
     row = {name: value / photographs if steps else math.nan for name, value in zip(names, sums, strict=True)}
-    return row | {"train/lr": lr, "train/grad_norm": norms / steps if steps else math.nan, "train/skipped": p.skipped}
+    row |= {"train/lr": rates[0], "train/lr_backbone": rates[1]}
+    return row | {"train/grad_norm": norms / steps if steps else math.nan, "train/skipped": p.skipped}
 
 
 def _train_epoch(
     t: Training,
-    loader: DataLoader,  # of a HalvesDataset with masses, or a _FeatureLoader
-    lr_S: list[float],  # learning rate of each step
+    loader: DataLoader | BankLoader,  # of a HalvesDataset with masses
+    rates_S: list[tuple[float, float]],  # learning rates of each step, of heads and backbone
 ) -> tuple[dict[str, float], dict[str, float]]:  # means over the epoch, under their logged names; its speed
     "Train an epoch to its end. Raises as `train_step` does."
     t.runner.train()
     p, clock, several = t.progress, StepClock(), t.config.accumulate
     batches = islice(iter(loader), p.step * several, None)
-    while p.step < len(lr_S):
+    while p.step < len(rates_S):
         of_step = [batch for batch in (clock.wait(batches) for _ in range(several)) if batch is not None]
-        p.sums_7 += train_step(t, of_step, lr_S[p.step])
+        p.sums_7 += train_step(t, of_step, rates_S[p.step])
         p.step += 1
         clock.step(sum(len(batch["mass_5"]) for batch in of_step) * world()[1])
-        t.log.step(p.epoch, p.step, len(lr_S))
-        if t.config.checkpoint_steps and p.step % t.config.checkpoint_steps == 0 and p.step < len(lr_S):
+        t.log.step(p.epoch, p.step, len(rates_S))
+        if t.config.checkpoint_steps and p.step % t.config.checkpoint_steps == 0 and p.step < len(rates_S):
             save_training(t)
-    return _epoch_row(p, lr_S[-1]), clock.summary()
+    return _epoch_row(p, rates_S[-1]), clock.summary()
 
 # %% ../notebooks/35_loop.ipynb #03f27858
 def _predict_held_out(
@@ -369,6 +382,10 @@ def _predict_held_out(
     return pred_N5
 
 # %% ../notebooks/35_loop.ipynb #4ea8c2c4
+_R2_NAMES = ("Dry_Total_g", "GDM_g", "Dry_Green_g", "Dry_Dead_g", "Dry_Clover_g")
+_VALID_NAMES = ("val/loss", "val/score", "val/r2_total", "val/r2_gdm", "val/r2_green", "val/r2_dead", "val/r2_clover")
+
+
 @torch.inference_mode()
 def validate(
     t: Training,
@@ -383,64 +400,44 @@ def validate(
     loss, _ = t.criterion(pred_N5.to(t.device), true_N5.to(t.device))
     mass_N5 = pred_N5.double().numpy()
     r2 = r2_per_target(true_N5.numpy(), mass_N5)
-    names = ("Dry_Total_g", "GDM_g", "Dry_Green_g", "Dry_Dead_g", "Dry_Clover_g")
     defined = len(torch.unique(true_N5)) > 1  # a held-out visit of bare quadrats has no spread to explain
-    row = {"val/loss": loss.item(), "val/score": weighted_r2(true_N5.numpy(), mass_N5) if defined else math.nan}
-    return row | {f"val/r2_{name.removeprefix('Dry_').removesuffix('_g').lower()}": r2[name] for name in names}, mass_N5
-
-# %% ../notebooks/35_loop.ipynb #f09612c8
-_MOST_FEATURES = 2e9  # bytes; maps of tokens of many photographs are larger than what computing them again costs
-
-
-class _FeatureLoader:
-    "Iterate over the batches of a loader, in the same order, with stored features in place of pixels."
-
-    def __init__(
-        self,
-        loader: DataLoader,  # whose order is followed
-        features_ND: torch.Tensor,  # of all photographs of its dataset, in the order of the table
-    ):
-        self.loader, self.features_ND, self.dataset = loader, features_ND, loader.dataset
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for rows in self.loader.batch_sampler:
-            rows = torch.tensor(rows)
-            yield {"features": self.features_ND[rows], "mass_5": self.dataset.mass_N5[rows], "index": rows}
+    score = weighted_r2(true_N5.numpy(), mass_N5) if defined else math.nan
+    return dict(zip(_VALID_NAMES, (loss.item(), score, *(r2[name] for name in _R2_NAMES)), strict=True)), mass_N5
 
 # %% ../notebooks/35_loop.ipynb #1124fa53
-@torch.no_grad()
-def _with_stored_features(
+def _with_bank(
     t: Training,
     loader: DataLoader,  # of a HalvesDataset
-) -> DataLoader | _FeatureLoader:
-    "Store features where pixels never change; otherwise return the loader as it is."
-    dataset = loader.dataset
-    if dataset.augment is not None or dataset.mix:
+) -> DataLoader | BankLoader:
+    "Take features from a bank in place of pixels, where they can be stored; otherwise return the loader as it is."
+    dataset, c = loader.dataset, t.config
+    draws = 1 if dataset.augment is None else c.bank
+    if not draws or dataset.mix:
         return loader
-    t.model.eval()
-    parts = []
-    for batch in make_loader(dataset, loader.batch_sampler.batch_size, shuffle=False, workers=loader.num_workers):
-        with t.autocast():
-            parts.append(t.model.features(batch["halves_2CHW"].to(t.device, non_blocking=True)))
-        if parts[0][0].nbytes * len(dataset) > _MOST_FEATURES:
-            return loader
-    return _FeatureLoader(loader, torch.cat(parts))
+    if dataset.augment is not None and not getattr(dataset.augment, "name", ""):
+        why = "its augmentation has no name"
+    else:
+        t.model.eval()
+        bank = fill_bank(t.model, loader, draws, c.cache_dir, c.cache_gb, t.dtype)
+        if bank is not None:
+            return BankLoader(loader, bank)
+        why = f"features of {len(dataset)} photographs, {draws} draws each, are more than the cache may hold"
+    if is_main():
+        print(f"stage 1 without a bank: {why}; the backbone runs in every epoch")
+    return loader
 
 # %% ../notebooks/35_loop.ipynb #1d009197
 def _open_stage(
     t: Training,
     layers: int | None,  # of the backbone that are trained; 0: stage 1
     train_loader: DataLoader,
-    valid_loader: DataLoader,
-) -> tuple[DataLoader | _FeatureLoader, DataLoader | _FeatureLoader]:  # the loaders from here on
+    valid_loader: DataLoader | None,  # None: nothing is held out
+) -> tuple[DataLoader | BankLoader, DataLoader | BankLoader | None]:  # the loaders from here on
     "Unfreeze so many layers, wrap the model for several processes, and store features that stay the same."
     t.model.unfreeze(layers)
     t.runner = wrap_ddp(_Runner(t.model), t.device)
     if layers == 0:
-        return _with_stored_features(t, train_loader), _with_stored_features(t, valid_loader)
+        return _with_bank(t, train_loader), _with_bank(t, valid_loader) if valid_loader else None
     return train_loader, valid_loader
 
 # %% ../notebooks/35_loop.ipynb #68a965d2
@@ -458,18 +455,18 @@ def _update_epoch_average(
     return used
 
 
-def _keep_if_best(
+def _note_best(
     t: Training,
     valid_row: dict[str, float],  # of `validate`
     **meta: Any,  # facts to keep with the weights
 ) -> None:
-    "Save weights and predictions of an epoch that is better than all before it."
+    "Note the predictions of an epoch that is better than all before it, and save its weights if the best are kept."
     p, score = t.progress, valid_row["val/score"]
     merit = -valid_row["val/loss"] if math.isnan(score) else score
     if not merit > p.best_score:  # a loss may be NaN
         return
     p.best_score, p.best_epoch, p.best_N5 = merit, p.epoch, p.last_N5
-    if is_main():
+    if is_main() and t.config.keep == "best":
         best = t.best_file(p.epoch)
         save_weights(t.model, best, t.guard, epoch=p.epoch, score=None if math.isnan(score) else score, **meta)
         p.best_sha256 = {path.suffix: file_sha256(path) for path in (best, best.with_suffix(".json"))}
@@ -477,37 +474,41 @@ def _keep_if_best(
 # %% ../notebooks/35_loop.ipynb #70e35874
 def _run_epoch(
     t: Training,
-    train_loader: DataLoader | _FeatureLoader,
-    valid_loader: DataLoader | _FeatureLoader,
+    train_loader: DataLoader | BankLoader,
+    valid_loader: DataLoader | BankLoader | None,  # None: nothing is held out
     **meta: Any,  # facts to keep with the weights
 ) -> None:
-    "Train an epoch, validate it, keep it if it is the best, log it, and write the checkpoint."
+    "Train an epoch, validate it, note it if it is the best, log it, and write the checkpoint."
     p, c = t.progress, t.config
     train_loader.dataset.set_epoch(p.epoch)
     rates = _epoch_rates(c, p.epoch, math.ceil(len(train_loader) / c.accumulate))
     row, speed = _train_epoch(t, train_loader, rates)
     averaged = _update_epoch_average(t)
-    with averaged.applied(t.model) if averaged else nullcontext():
-        valid_row, mass_N5 = validate(t, valid_loader)
-        p.last_N5 = torch.from_numpy(mass_N5)
-        _keep_if_best(t, valid_row, **meta)
+    valid_row = dict.fromkeys(_VALID_NAMES, math.nan)
+    if valid_loader is not None:
+        with averaged.applied(t.model) if averaged else nullcontext():
+            valid_row, mass_N5 = validate(t, valid_loader)
+            p.last_N5 = torch.from_numpy(mass_N5)
+            _note_best(t, valid_row, **meta)
     place = {"epoch": p.epoch, "stage": _stage_plan(c)[p.epoch - 1]}
     best_score = math.nan if math.isnan(valid_row["val/score"]) else p.best_score
     t.log.epoch(place | row | valid_row, place | speed, (p.best_epoch, best_score))
     zeros_7 = torch.zeros_like(p.sums_7)
     t.progress = dataclasses.replace(p, epoch=p.epoch + 1, step=0, sums_7=zeros_7, skipped=0)
-    save_training(t)
+    if not isinstance(train_loader, BankLoader) or p.epoch == c.stage1_epochs:  # else over in a moment
+        save_training(t)
 
 # %% ../notebooks/35_loop.ipynb #622ed66c
 def _training_facts(
     t: Training,
     train_loader: DataLoader,
-    valid_loader: DataLoader,
+    valid_loader: DataLoader | None,  # None: nothing is held out
 ) -> dict[str, Any]:  # nested
     "List network, scale of the loss, photographs and masses; numbers to six digits, which all computers share."
     facts = {"scale_g": t.criterion.scale_g, "model": t.model.spec}
     facts = json.loads(json.dumps(facts), parse_float=lambda text: float(f"{float(text):.6g}"))
-    return facts | {"trained on": train_loader.dataset.facts, "held out": valid_loader.dataset.facts}
+    held_out = valid_loader.dataset.facts if valid_loader else {}
+    return facts | {"trained on": train_loader.dataset.facts, "held out": held_out}
 
 
 def _check_best_files(
@@ -582,14 +583,31 @@ class FitResult:
 
     history: pd.DataFrame  # one row an epoch, as in metrics.csv
     speed: pd.DataFrame  # one row an epoch, as in speed.csv
-    best_epoch: int  # the epoch of the saved weights
+    kept: str  # last or best: the epoch whose weights were saved
+    best_epoch: int  # 0 where nothing was held out
     best_N5: np.ndarray  # masses of the held-out photographs at that epoch
     last_N5: np.ndarray  # and at the last epoch
     log: RunLog  # to be finished with the out-of-fold table
 
     @property
+    def kept_epoch(self) -> int:  # of the saved weights
+        return self.best_epoch if self.kept == "best" else int(self.history["epoch"].iloc[-1])
+
+    @property
+    def kept_N5(self) -> np.ndarray:  # masses that the saved weights predict for the held-out photographs
+        return self.best_N5 if self.kept == "best" else self.last_N5
+
+    def score_at(self, epoch: int) -> float:  # NaN where it is not defined
+        scores = self.history.set_index("epoch")["val/score"]
+        return float(scores.get(epoch, math.nan))
+
+    @property
+    def kept_score(self) -> float:
+        return self.score_at(self.kept_epoch)
+
+    @property
     def best_score(self) -> float:
-        return float(self.history.set_index("epoch")["val/score"][self.best_epoch])
+        return self.score_at(self.best_epoch)
 
     @property
     def last_score(self) -> float:
@@ -615,18 +633,31 @@ def _name_best_weights(
         if path.is_file():
             replace_atomically(path, t.out_dir / f"weights{path.suffix}", t.guard)
 
+
+def _save_last_weights(
+    t: Training,  # after its last epoch
+    **meta: Any,  # facts to keep with the weights
+) -> None:
+    "Write the weights of the last epoch, averaged where averages are kept."
+    last = t.log.history.iloc[-1]
+    score = None if math.isnan(last["val/score"]) else float(last["val/score"])
+    averaged = t.averaged if t.averaged and t.averaged.updates else None
+    with averaged.applied(t.model) if averaged else nullcontext():
+        path = t.out_dir / "weights.safetensors"
+        save_weights(t.model, path, t.guard, epoch=int(last["epoch"]), score=score, **meta)
+
 # %% ../notebooks/35_loop.ipynb #78d3fb58
 def fit(
     model: MassModel,  # from create_model
     train_loader: DataLoader,
-    valid_loader: DataLoader,
+    valid_loader: DataLoader | None,  # None: a refit, which holds nothing out
     config: Config,
     out_dir: Path,  # gets metrics.csv, speed.csv, weights.safetensors, and last.ckpt to continue from
     scale_g: float,  # grams that count as 1 in the loss
     guard: Callable[[], None] | None = None,  # called before each file gets its name; what it raises prevents it
     **meta: Any,  # facts to keep with the weights
 ) -> FitResult:
-    """Train in two stages, keeping the weights of the best epoch; continue where a killed training of this folder was.
+    """Train in two stages and keep the last or the best weights; continue where a killed training of this folder was.
 
     Raises FloatingPointError when the loss is not finite, ValueError when the folder's checkpoint or weights do not
     fit."""
@@ -642,7 +673,7 @@ def fit(
             loaders, opened = _open_stage(t, layers, train_loader, valid_loader), layers
         with lost_batches():
             _run_epoch(t, *loaders, **meta)
+    kept, p = config.keep, t.progress
     if is_main():
-        _name_best_weights(t)
-    p = t.progress
-    return FitResult(t.log.history, t.log.speed, p.best_epoch, p.best_N5.numpy(), p.last_N5.numpy(), t.log)
+        _name_best_weights(t) if kept == "best" else _save_last_weights(t, **meta)
+    return FitResult(t.log.history, t.log.speed, kept, p.best_epoch, p.best_N5.numpy(), p.last_N5.numpy(), t.log)

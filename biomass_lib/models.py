@@ -46,6 +46,15 @@ def _follow(
     for child in module.children():
         _follow(child, trained)
 
+# %% ../notebooks/22_models.ipynb #c7137ca4
+def _keep_statistics(
+    network: nn.Module,
+) -> None:
+    "Set evaluation mode for batch norms; their scales and shifts can still learn."
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(False)
+
 # %% ../notebooks/22_models.ipynb #59e78f08
 def _names_to_train(
     backbone: nn.Module,  # from create_backbone
@@ -75,6 +84,7 @@ class MassModel(nn.Module):
         self.register_buffer("pixel_mean", 255 * torch.tensor(backbone.pretrained_cfg["mean"]).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", 255 * torch.tensor(backbone.pretrained_cfg["std"]).view(1, 3, 1, 1))
         self.layout = torch.preserve_format  # of the pictures in memory
+        self.keeps_statistics = False  # batch norms of the backbone go on with the statistics they came with
 
     def freeze_backbone(self, frozen: bool = True) -> None:
         "Stop gradients, batch statistics and dropout in the backbone, whatever `train()` says."
@@ -91,6 +101,8 @@ class MassModel(nn.Module):
         super().train(mode)
         if not all(parameter.requires_grad for parameter in self.backbone.parameters()):
             _follow(self.backbone, False)
+        if self.keeps_statistics:
+            _keep_statistics(self.backbone)
         return self
 
     def pixels(self, pictures_NCHW: torch.Tensor) -> torch.Tensor:  # normalised, whole patches

@@ -21,8 +21,8 @@ def make_optimizer(
     model: nn.Module,  # every parameter of it, frozen now or not
     weight_decay: float = 0.01,  # on weights of layers and what else is as wide as a matrix
     layer_decay: float = 1.0,  # factor on the learning rate from a layer of the backbone to the one below
-) -> torch.optim.AdamW:  # whose groups have an lr_scale
-    """Make AdamW with two groups, with and without weight decay; two for each layer when rates differ.
+) -> torch.optim.AdamW:  # whose groups have an lr_scale, and say whether they are of the backbone
+    """Make AdamW with groups for backbone and heads, with and without weight decay; more when layers' rates differ.
 
     Raises ValueError as `layer_numbers` does."""
     backbone = getattr(model, "backbone", None)
@@ -35,7 +35,8 @@ def make_optimizer(
         scale = layer_decay ** (top - layers.get(name, top))
         wide = id(parameter) in weights or sum(side > 1 for side in parameter.shape) > 1
         decay = weight_decay if wide and name not in spared else 0.0
-        group = groups.setdefault((-scale, -decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        facts = {"weight_decay": decay, "lr_scale": scale, "backbone": name.startswith("backbone.")}
+        group = groups.setdefault((facts["backbone"], -scale, -decay), {"params": []} | facts)
         group["params"].append(parameter)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
     return torch.optim.AdamW([groups[key] for key in sorted(groups)], fused=fused)
