@@ -24,7 +24,7 @@ import yaml
 
 import biomass_lib
 from .claims import HANDED, Cell, FoldHeld, Lease, cell_folder, claim, describe_done, read_done
-from .command import command, user_path
+from .command import command, fold_name, user_path
 from .config import ALL, Config, config_from_yaml, parse_value
 from .files import read_json
 from .supervise import start_supervised
@@ -313,20 +313,13 @@ def run_folds(
     return work.failed
 
 # %% ../notebooks/60_runs.ipynb #6f60a7b6
-def _fold_name(text: str) -> int | str:  # for --folds
-    "Read a fold's number, or all."
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
-    return text if text == "all" else int(text)
-
-
 def _folds_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="biomass_folds", description="Train the folds of an experiment with papermill."
     )
     parser.add_argument("params", type=user_path, help="parameter file, such as notebooks/params/demo.yaml")
     folds = "which: numbers, or all, a refit on every photograph (default: every fold, no refit); done ones are skipped"
-    parser.add_argument("--folds", type=_fold_name, nargs="+", help=folds)
+    parser.add_argument("--folds", type=fold_name, nargs="+", help=folds)
     parser.add_argument("--seeds", type=int, nargs="+", help="train each fold once with each (default: parameter seed)")
     parser.add_argument("--jobs", default="1", help="trainings at a time (default 1); auto: one a GPU")
     parser.add_argument("--notebook", type=user_path, default="train_fold.ipynb", help="the notebook of one fold")
