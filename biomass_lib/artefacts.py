@@ -130,7 +130,7 @@ def _is_round(
     x, y, w, h, area = (int(value) for value in stats_5)
     at_border = x == 0 or y == 0 or x + w == shape[1] or y + h == shape[0]
     small, large = min(w, h), max(w, h)
-    right_size = small >= 0.008 * shape[0] and large <= 0.12 * shape[0]
+    right_size = small >= 0.008 * shape[0] and large <= 0.15 * shape[0]
     return right_size and large <= (2.5 if at_border else 1.8) * small and area >= 0.55 * w * h
 
 # %% ../notebooks/10_artefacts.ipynb #8f08f68e
@@ -144,13 +144,18 @@ def find_flash_dots(
     strength = {}
     for k in range(1, len(stats_K5)):
         x, y, w, h, _ = stats_K5[k]
-        if _is_round(stats_K5[k], seed_hw.shape):
-            strength[k] = int(red_hw[y : y + h, x : x + w][label_hw[y : y + h, x : x + w] == k].max())
+        here = (slice(y, y + h), slice(x, x + w))
+        spot_hw = label_hw[here] == k
+        red = int(red_hw[here][spot_hw].max())
+        _, green, blue = small_hw3[here][spot_hw].mean(axis=0)
+        if _is_round(stats_K5[k], seed_hw.shape) and (red >= 95 or green - blue <= 12):
+            strength[k] = red
     mask_hw = np.zeros_like(seed_hw)
+    lamps = max(strength.values(), default=0) >= 95 or sum(red >= 70 for red in strength.values()) >= 3
     for k, red in strength.items():
-        if max(strength.values()) >= 95 and red >= 70:
+        if lamps and red >= 60:
             centre = tuple(round(float(value)) for value in centre_K2[k])
-            cv2.circle(mask_hw, centre, int(np.ceil(max(stats_K5[k, 2:4]))), 255, -1)
+            cv2.circle(mask_hw, centre, int(np.ceil(0.8 * max(stats_K5[k, 2:4]))), 255, -1)
     return _enlarge_mask(mask_hw, photo_HW3.shape)
 
 # %% ../notebooks/10_artefacts.ipynb #1478d2c0
@@ -205,66 +210,81 @@ def _dark_end(
     return first + int(light_D.argmax()) if light_D.any() else len(full_D)
 
 # %% ../notebooks/10_artefacts.ipynb #c30b962e
+def _rim_cells(
+    band_DL3: np.ndarray,  # from the edge inwards, a quarter of the height deep
+    height: int,  # of the photograph, pixels
+) -> np.ndarray:  # rim_DK, bool: dark and smooth; D = the outer 7.5 % of the height
+    "Find the cells of a band that could be the frame."
+    value_DL = cv2.max(cv2.max(band_DL3[..., 0], band_DL3[..., 1]), band_DL3[..., 2])
+    d, step = max(2, round(0.075 * height)), max(1, round(0.005 * height))
+    outer_DL = value_DL[:d]
+    smooth_DL = cv2.absdiff(outer_DL, np.roll(outer_DL, step, axis=1)) < 14
+    inner = np.median(value_DL[d::4, ::4])
+    return _segment_means((outer_DL < 0.85 * inner) & smooth_DL) >= 0.5
+
+# %% ../notebooks/10_artefacts.ipynb #edaf3acb
 def _rim_depth(
     band_DL3: np.ndarray,  # from the edge inwards, a quarter of the height deep
     height: int,  # of the photograph, pixels
 ) -> int:  # pixels from the edge to the inner side of the rim; 0: none
     "Measure how far a dark rim reaches inwards."
-    value_DL = cv2.max(cv2.max(band_DL3[..., 0], band_DL3[..., 1]), band_DL3[..., 2])
-    d = max(2, round(0.075 * height))
-    full_DK = _segment_means(value_DL[:d] < 0.72 * np.median(value_DL[d:])) >= 0.85
+    rim_DK = _rim_cells(band_DL3, height)
     thin = max(1, round(0.004 * height))
-    run_DK = np.stack([full_DK[i : len(full_DK) - thin + 1 + i] for i in range(thin)]).all(axis=0)
+    run_DK = np.stack([rim_DK[i : len(rim_DK) - thin + 1 + i] for i in range(thin)]).all(axis=0)
     line_K, row_K = _straight_line(run_DK, height)
-    if line_K.mean() < 0.75:
+    if line_K.mean() < 0.7:
         return 0
     reach = max(1, round(0.006 * height))
-    end_J = [_dark_end(full_DK[:, k], max(0, row_K[k] - reach)) for k in np.flatnonzero(line_K)]
-    return int(np.quantile(end_J, 0.9)) + 1
+    k_J = np.flatnonzero(line_K)
+    end_J = np.array([_dark_end(rim_DK[:, k], max(0, row_K[k] - reach)) for k in k_J])
+    fit_2 = np.polyfit(k_J, end_J, 1)
+    bent_J = end_J - np.polyval(fit_2, k_J)
+    spread = np.subtract(*np.quantile(bent_J, (0.75, 0.25)))
+    in_sight = np.quantile(end_J, 0.75) < len(rim_DK)
+    deepest = np.polyval(fit_2, (0, _SEGMENTS - 1)).max() + np.median(bent_J)
+    return int(np.ceil(deepest)) if in_sight and spread <= max(1, 0.007 * height) else 0
 
 # %% ../notebooks/10_artefacts.ipynb #9227a98a
 def find_black_rim(
     photo_HW3: np.ndarray,  # uint8 RGB, any size
 ) -> np.ndarray:  # margins_4, int: pixels at top, right, bottom, left; zeros: none
     "Measure the margins that the dark frame takes up. Raises ValueError for anything but 8-bit RGB."
-    small_hw3 = _reduce_photo(photo_HW3)
+    small_hw3 = _reduce_photo(photo_HW3, 500)
     depth_4 = [_rim_depth(band_DL3, len(small_hw3)) for band_DL3 in _edge_bands(small_hw3, 0.25)]
     return np.ceil(np.array(depth_4) * len(photo_HW3) / len(small_hw3)).astype(int)
 
 # %% ../notebooks/10_artefacts.ipynb #b3c314fb
 def _board_cells(
     band_DL3: np.ndarray,  # from the edge inwards
-) -> tuple[np.ndarray, np.ndarray]:  # board_DK, bool: flat and beige; mean_DK3: colour of each segment and row
+) -> tuple[np.ndarray, np.ndarray]:  # board_DK, bool: flat and beige or pink; mean_DK3: colour of each segment and row
     "Find the cells of a band that could be cardboard."
     mean_DK3 = np.stack([_segment_means(band_DL3[..., c]) for c in range(3)], axis=2)
     square_DK = _segment_means(np.square(band_DL3[..., 1].astype(np.float32)))
-    variance_DK = square_DK - np.square(mean_DK3[..., 1])
+    flat_DK = square_DK - np.square(mean_DK3[..., 1]) < 10**2
     red_DK, green_DK, blue_DK = (mean_DK3[..., c] for c in range(3))
-    warm_DK = (red_DK - blue_DK >= 12) & (red_DK - blue_DK <= 110) & (red_DK >= green_DK) & (green_DK >= blue_DK)
-    return warm_DK & (red_DK >= 110) & (variance_DK < 14**2), mean_DK3
+    warm_DK = (red_DK - blue_DK >= 4) & (red_DK - blue_DK <= 120) & (red_DK >= green_DK) & (green_DK - blue_DK <= 70)
+    return warm_DK & flat_DK & (red_DK >= 110), mean_DK3
 
 # %% ../notebooks/10_artefacts.ipynb #3ff1a8b0
-def _board_ends(
-    board_DK: np.ndarray,  # bool: flat and beige
-    least: int,  # depth that a sheet must have, pixels
-) -> tuple[np.ndarray, np.ndarray]:  # end_K: row behind the sheet; good_K, bool: begins at the edge, ends in sight
-    "Find the end of the flat, beige part of each segment."
-    start_K = board_DK[:3].argmax(axis=0)
-    row_D1 = np.arange(len(board_DK))[:, None]
-    end_K = (~board_DK & (row_D1 > start_K)).argmax(axis=0)
-    good_K = board_DK[:3].any(axis=0) & (end_K - start_K >= least) & (end_K < len(board_DK) - 2 * least)
-    return end_K, good_K
-
-# %% ../notebooks/10_artefacts.ipynb #661697ac
-def _longest_run(
-    line_K: np.ndarray,  # bool
-) -> int:
-    "Count the longest run of true values."
-    longest = run = 0
-    for on in line_K.tolist():
-        run = run + 1 if on else 0
-        longest = max(longest, run)
-    return longest
+def _sheet_end(
+    sheet_DK: np.ndarray,  # bool: cells that hang together
+    mean_DK3: np.ndarray,  # colour of each segment and row
+    height: int,  # of the photograph, pixels
+) -> int:  # pixels from the edge to the end of the sheet; 0: this is no sheet
+    "Tell whether cells form a sheet of cardboard that ends in sight, before another colour."
+    least = max(2, round(0.01 * height))
+    column_J = np.flatnonzero(sheet_DK.any(axis=0))
+    row_I = np.flatnonzero(sheet_DK.any(axis=1))
+    wide, high = len(column_J), row_I[-1] - row_I[0] + 1
+    if row_I[0] > 0.025 * height or wide < 0.15 * _SEGMENTS or row_I[-1] >= len(sheet_DK) - 2 * least:
+        return 0
+    end_J = len(sheet_DK) - sheet_DK[::-1, column_J].argmax(axis=0)
+    colour_P3 = mean_DK3[sheet_DK]
+    contrast = np.linalg.norm(colour_P3.mean(axis=0) - mean_DK3[end_J + least, column_J].mean(axis=0))
+    uneven = np.linalg.norm(colour_P3.std(axis=0))
+    if sheet_DK.sum() < max(0.4 * wide * high, least * wide) or contrast < max(30, 1.5 * uneven):
+        return 0
+    return int(np.quantile(end_J, 0.95)) + 1
 
 # %% ../notebooks/10_artefacts.ipynb #f69e653d
 def _cardboard_depth(
@@ -273,16 +293,8 @@ def _cardboard_depth(
 ) -> int:  # pixels from the edge to the end of the cardboard; 0: none
     "Measure how far a sheet of cardboard reaches inwards."
     board_DK, mean_DK3 = _board_cells(band_DL3)
-    least = max(2, round(0.01 * height))
-    end_K, good_K = _board_ends(board_DK, least)
-    line_K = _straight_line((np.arange(len(board_DK))[:, None] == end_K) & good_K, height)[0] & good_K
-    if _longest_run(line_K) < 0.15 * _SEGMENTS:
-        return 0
-    k, end = np.flatnonzero(line_K), end_K[line_K]
-    sheet_K3, beyond_K3 = mean_DK3[np.maximum(end - least, 0), k], mean_DK3[end + least, k]
-    contrast = np.linalg.norm(sheet_K3.mean(axis=0) - beyond_K3.mean(axis=0))
-    uneven = np.linalg.norm(sheet_K3.std(axis=0))
-    return int(np.quantile(end, 0.95)) + 1 if contrast >= 30 and uneven <= 16 else 0
+    count, label_DK = cv2.connectedComponents(board_DK.astype(np.uint8), connectivity=4)
+    return max((_sheet_end(label_DK == k, mean_DK3, height) for k in range(1, count)), default=0)
 
 # %% ../notebooks/10_artefacts.ipynb #59a75541
 def find_cardboard(
@@ -299,8 +311,9 @@ def find_artefacts(
 ) -> dict[str, bool]:  # by the names of ARTEFACTS
     "Tell which artefacts a photograph has. Raises ValueError for anything but 8-bit RGB."
     small_hw3 = _reduce_photo(photo_HW3)
-    finders = (find_date_stamp, find_flash_dots, find_cardboard, find_black_rim)
-    return {name: bool(find(small_hw3).any()) for name, find in zip(ARTEFACTS, finders, strict=True)}
+    finders = (find_date_stamp, find_flash_dots, find_cardboard)
+    found = [bool(find(small_hw3).any()) for find in finders] + [bool(find_black_rim(photo_HW3).any())]
+    return dict(zip(ARTEFACTS, found, strict=True))
 
 # %% ../notebooks/10_artefacts.ipynb #dbb0a669
 _CLEANINGS = ("none", "inpaint", "crop", "both")
@@ -335,7 +348,8 @@ def _fill_piece(
     own_3 = piece_hw3[ring_hw].mean(axis=0)
     shift_P3 = np.stack([own_3 - photo_HW3[place][ring_hw].mean(axis=0) for place in free])
     best = int(np.linalg.norm(shift_P3, axis=1).argmin())
-    piece_hw3[hole_hw] = np.round(photo_HW3[free[best]][hole_hw] + shift_P3[best]).clip(0, 255).astype(np.uint8)
+    brighter = shift_P3[best].mean()  # no change of hue: around a flash dot there is some red left
+    piece_hw3[hole_hw] = np.round(photo_HW3[free[best]][hole_hw] + brighter).clip(0, 255).astype(np.uint8)
     return piece_hw3
 
 # %% ../notebooks/10_artefacts.ipynb #13e593cd
@@ -433,13 +447,13 @@ def _dot_places(
     "Draw the places of one or two slightly slanted rows of large dots, or of a few small ones anywhere."
     if rng.random() < 0.3:
         return rng.uniform(0.06, 0.94, (int(rng.integers(1, 4)), 2)), float(rng.uniform(0.01, 0.02))
-    count, tilt, step = int(rng.integers(3, 6)), rng.uniform(-0.12, 0.12), rng.uniform(0.18, 0.24)
+    count, tilt, step = int(rng.integers(3, 6)), rng.uniform(-0.12, 0.12), rng.uniform(0.19, 0.22)
     start_2 = rng.uniform((0.02, 0.05), (0.2, 0.55))
     along_K = np.arange(count) * step
     row_K2 = start_2 + np.stack([along_K, tilt * along_K], axis=1)
-    rows = [row_K2 + (rng.uniform(-0.08, 0.08), 0.38) * np.array(k) for k in range(int(rng.integers(1, 3)))]
+    rows = [row_K2 + (rng.uniform(-0.08, 0.08), 0.35) * np.array(k) for k in range(int(rng.integers(1, 3)))]
     place_K2 = np.concatenate(rows)
-    return place_K2 + rng.normal(0, 0.008, place_K2.shape), float(rng.uniform(0.026, 0.036))
+    return place_K2 + rng.normal(0, 0.008, place_K2.shape), float(rng.uniform(0.04, 0.052))
 
 # %% ../notebooks/10_artefacts.ipynb #9058a04c
 def draw_flash_dots(
@@ -453,7 +467,7 @@ def draw_flash_dots(
     light_HW = np.zeros((height, width))
     for x, y in place_K2 * (width / height, 1):
         distance_HW = np.sqrt((x_W - x) ** 2 + (y_H1 - y) ** 2) / radius
-        light_HW = np.maximum(light_HW, np.exp(-(distance_HW**4)))
+        light_HW = np.maximum(light_HW, np.exp(-(distance_HW**2)))
     light_HW1 = light_HW[..., None]
     grey_HW1 = image_HW3.mean(axis=2, keepdims=True)
     lit_HW3 = np.concatenate([0.4 * grey_HW1 + 165, 0.4 * grey_HW1 + 15, 0.45 * grey_HW1 + 30], axis=2)

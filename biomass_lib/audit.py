@@ -21,9 +21,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import pandas as pd
-import pandera.pandas as pa
 import PIL.Image
-from pandera.errors import SchemaErrors
 
 from .artefacts import find_artefacts
 from .command import command, user_path
@@ -176,15 +174,22 @@ def _cell_cases(
     rows: pd.DataFrame,  # of `_plain_rows`
 ) -> pd.DataFrame:  # index (of rows), column, check, failure_case
     "List every cell that breaks a rule, by a pandera schema."
-    columns = dict.fromkeys(rule.column for rule in _RULES)
+    broken = [rule for rule in _RULES if not rule.holds(rows[rule.column]).all()]
+    cases = pd.DataFrame(columns=["index", "column", "check", "failure_case"])
+    if not broken:
+        return cases
+    import pandera.pandas as pa  # here: a sound table needs no schema, and each training audits its table
+    from pandera.errors import SchemaErrors
+
+    columns = dict.fromkeys(rule.column for rule in broken)
     for column in columns:
-        checks = [pa.Check(rule.holds, name=rule.check, error=rule.check) for rule in _RULES if rule.column == column]
+        checks = [pa.Check(rule.holds, name=rule.check, error=rule.check) for rule in broken if rule.column == column]
         columns[column] = pa.Column(checks=checks)
     try:
         pa.DataFrameSchema(columns).validate(rows, lazy=True)
-    except SchemaErrors as broken:
-        return broken.failure_cases
-    return pd.DataFrame(columns=["index", "column", "check", "failure_case"])
+    except SchemaErrors as errors:
+        cases = errors.failure_cases
+    return cases
 
 # %% ../notebooks/17_audit.ipynb #03997268
 def _check_cells(

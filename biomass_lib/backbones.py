@@ -70,7 +70,8 @@ def read_state(
         "import torch; from safetensors.torch import save_file; "
         f's = torch.load({json.dumps(str(path))}, map_location="cpu", weights_only=True); '
         's = s.get("state_dict", s.get("model", s)); '
-        f"save_file({{k: v.clone() for k, v in s.items() if torch.is_tensor(v)}}, {json.dumps(str(target))})"
+        "s = {k: v.clone(memory_format=torch.contiguous_format) for k, v in s.items() if torch.is_tensor(v)}; "
+        f"save_file(s, {json.dumps(str(target))})"
     )
     raise ValueError(
         f"{path}: pickled weights are not opened. If you trust them, convert them:\npython -c {quote(code)}"

@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .augment import augment_halves, mix_right
 from .cache import fill_cache, open_halves
 from .images import load_halves
 from .tables import PHOTO_COLUMNS
@@ -74,6 +73,8 @@ def _make_item(
     if row == STAND_IN:
         return dataset[0] | {"index": STAND_IN}
     halves_2SS3, mass_5 = dataset.load(row), dataset.mass_N5[row]
+    if dataset.mix or dataset.augment is not None:
+        from biomass_lib.augment import augment_halves, mix_right  # here: Albumentations is slow to import
     if dataset.mix:
         rng = np.random.default_rng((dataset.seed, dataset.epoch, row, _MIX_DRAW))
         if rng.random() < dataset.mix:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold
 
 from .files import write_csv
 from .tables import join_names, read_text_csv
@@ -121,6 +120,18 @@ def _deal_evenly(
             best, best_G = imbalance, fold_G
     return best_G[group_of_N]
 
+# %% ../notebooks/13_folds.ipynb #944423bd
+def _fill_smallest(
+    n_G: np.ndarray,  # photographs of each group
+    n_folds: int,
+) -> np.ndarray:  # fold_G
+    "Deal groups, the largest first, each to the fold that is smallest so far."
+    fold_G, size_F = np.zeros(len(n_G), dtype=int), np.zeros(n_folds, dtype=int)
+    for group in np.argsort(n_G, kind="stable")[::-1]:
+        fold_G[group] = size_F.argmin()
+        size_F[fold_G[group]] += n_G[group]
+    return fold_G
+
 # %% ../notebooks/13_folds.ipynb #196a4358
 def assign_folds(
     table: pd.DataFrame,  # wide
@@ -137,10 +148,14 @@ def assign_folds(
     if scheme == "period":
         return _cut_periods(n_G, n_folds)[group_of_N]
     stratum_N = _fold_strata(table, scheme) if scheme in ("clover_dead", "state_mix") else group_N
+    if scheme != "random" and stratum_N is group_N and seed == 0:
+        return _fill_smallest(n_G, n_folds)[group_of_N]
+    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold  # here: it takes a second to import
+
     if scheme == "random":
         splitter = KFold(n_folds, shuffle=True, random_state=seed)
     elif stratum_N is group_N:
-        splitter = GroupKFold(n_folds, shuffle=seed != 0, random_state=seed or None)
+        splitter = GroupKFold(n_folds, shuffle=True, random_state=seed)
     elif seed == 0:
         splitter = StratifiedGroupKFold(n_folds)
     else:

@@ -196,8 +196,12 @@ def photo_reader(
     "Make a reader of one photograph that does nothing twice."
 
     @cache
+    def decode(scale: int) -> np.ndarray:
+        return read_photo(path, scale)
+
+    @cache
     def read(scale: int, clean: str) -> np.ndarray:
-        return read_photo(path, scale) if clean == "none" else clean_photo(read(scale, "none"), clean)
+        return decode(scale) if clean == "none" else clean_photo(decode(scale), clean)
 
     return read
 

@@ -16,11 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from .config import Config
@@ -303,8 +300,11 @@ class RunLog:
 def plot_history(
     history: pd.DataFrame,  # as in metrics.csv
     kept: int,  # the epoch whose weights were kept
-) -> Figure:
+) -> object:  # a matplotlib Figure
     "Plot the curves of a training: losses, score, learning rate and gradient norm."
+    import matplotlib.pyplot as plt  # here: training draws no curves
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = plt.subplots(
         4, 1, figsize=(7.2, 6.4), sharex=True, height_ratios=(3, 3, 1.4, 1.4), layout="constrained"
     )

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 from .supervise import die_with_parent
@@ -153,6 +152,8 @@ def launch(
     """Run a function in several processes at once.
 
     Raises ValueError for a notebook's function, and ChildFailedError with the first error."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # here: a lone process launches nothing
+
     if function.__module__ == "__main__":
         raise ValueError(
             f"{function.__name__} is defined in a notebook or script: put it into a module that can be imported"

@@ -24,7 +24,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
 from .audit import audit, stop_on_errors
-from .augment import half_augmentation
 from .checkpoint import check_same
 from .claims import Cell, LeaseLost, cell_folder, claim, describe_done, read_done, write_done
 from .command import command, user_path
@@ -171,6 +170,8 @@ def prepare_fold(
     table: pd.DataFrame | None = None,  # one row a photograph, in place of train.csv
 ) -> Fold:
     "Read, audit, split and load. Raises ValueError or FileNotFoundError for data that cannot be trained on."
+    from biomass_lib.augment import half_augmentation  # here: Albumentations is slow to import
+
     table, report = _read_audited(config, table)
     augment = half_augmentation("+".join(config.augment) or "none")
     run_dir = open_run(config)
