@@ -124,9 +124,6 @@ def _baselines_without_data(
     return {"State mean": state_oof(true_N5, state_N, fold_N), "training mean": mean_oof(true_N5, fold_N)}
 
 # %% ../notebooks/55_report.ipynb #9134034d
-_BEST = "model, best epoch"
-
-
 def _data_of(
     config: Config,  # of the run
     data_dir: str | Path,  # empty: as in the config
@@ -141,6 +138,13 @@ def _data_of(
     if data_dir:
         raise FileNotFoundError(f"parameter data_dir = {str(data_dir)!r} has no train.csv")
     return None
+
+
+def _audit_data(data_dir: Path, exclude: tuple[str, ...]) -> pd.DataFrame:
+    return audit(leave_out(read_text_csv(data_dir / "train.csv", TRAIN_COLUMNS), exclude), data_dir, pixels=False)
+
+# %% ../notebooks/55_report.ipynb #74014f7c
+_BEST = "model, best epoch"
 
 
 def _quoted_and_best(
@@ -167,10 +171,6 @@ def _score_table(
     table = baseline_table(oof, best, others, visit_of(oof))
     return table.rename(index={"model, last epoch": _BEST})  # what baseline_table calls its second model
 
-
-def _audit_data(data_dir: Path, exclude: tuple[str, ...]) -> pd.DataFrame:
-    return audit(leave_out(read_text_csv(data_dir / "train.csv", TRAIN_COLUMNS), exclude), data_dir, pixels=False)
-
 # %% ../notebooks/55_report.ipynb #231278a7
 def judge_run(
     run_dir: str | Path,  # runs/<experiment> with finished folds
@@ -188,7 +188,7 @@ def judge_run(
     config = run_config(run_dir)
     data = _data_of(config, data_dir, features)
     epoch, oof, best = _quoted_and_best(run_dir)
-    missing, cells = missing_folds(run_dir), finished_cells(run_dir)
+    missing = missing_folds(run_dir)
     if data:
         frozen = read_features(features) if features else None
         others = baselines(oof, run_dir, data, exclude=config.exclude, features=frozen)
@@ -212,7 +212,7 @@ def judge_run(
         high_N5=high_N5,
         coverage=coverage_table(oof, low_N5, high_N5, by="State"),
         bias=bias_table(oof),
-        done={cell: read_json(folder / "done.json") for cell, folder in cells.items()},
+        done={cell: read_json(folder / "done.json") for cell, folder in finished_cells(run_dir).items()},
         missing=missing,
         lacking=[cell for cell in missing_cells(run_dir) if cell.fold not in missing],
         findings=_audit_data(data, config.exclude) if data else None,

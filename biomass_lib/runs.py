@@ -55,7 +55,7 @@ def _check_data(
     if not (Path(config.data_dir) / "train.csv").is_file():
         raise FileNotFoundError(f"parameter data_dir = {config.data_dir!r} has no train.csv; {remedy}")
 
-
+# %% ../notebooks/60_runs.ipynb #66a82742
 def _plan_cells(
     config: Config,
     folds: Iterable[int | str] | None,  # numbers, or all: a refit on every photograph; None: every fold, no refit

@@ -31,7 +31,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
     home = tmp_path_factory.mktemp("home")
     render_dataset(home / "demo", n_train=12, n_test=2, seed=1, workers=1)
     config, _ = smoke_config(Config(dropout=0.0, backbone="test_vit"), home / "demo")
-    return dataclasses.replace(config, cache_dir=str(home / "cache"))
+    return dataclasses.replace(config, cache_dir=str(home / "cache"), keep="best")  # the harder way to end
 
 
 class Killed(BaseException):

@@ -1,4 +1,4 @@
-"Folds, seeds and refits of one setting in one run folder: trained, pooled, reported, uploaded; runs of earlier versions."
+"Folds, seeds and refits in one run folder: trained, pooled, reported, uploaded; runs of earlier versions."
 
 import dataclasses
 import os
