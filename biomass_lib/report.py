@@ -73,7 +73,7 @@ class Judged:
     bias: pd.DataFrame  # as from bias_table
     done: dict[Cell, dict]  # fold or refit -> its done.json
     missing: list[int]  # folds that are not done
-    lacking: list[Cell]  # folds that are done, but not with every seed
+    lacking: list[Cell]  # what is not done, also of folds that are done with another seed
     findings: pd.DataFrame | None  # of the audit; None without data
 
     @property
@@ -188,7 +188,6 @@ def judge_run(
     config = run_config(run_dir)
     data = _data_of(config, data_dir, features)
     epoch, oof, best = _quoted_and_best(run_dir)
-    missing = missing_folds(run_dir)
     if data:
         frozen = read_features(features) if features else None
         others = baselines(oof, run_dir, data, exclude=config.exclude, features=frozen)
@@ -213,8 +212,8 @@ def judge_run(
         coverage=coverage_table(oof, low_N5, high_N5, by="State"),
         bias=bias_table(oof),
         done={cell: read_json(folder / "done.json") for cell, folder in finished_cells(run_dir).items()},
-        missing=missing,
-        lacking=[cell for cell in missing_cells(run_dir) if cell.fold not in missing],
+        missing=missing_folds(run_dir),
+        lacking=missing_cells(run_dir),
         findings=_audit_data(data, config.exclude) if data else None,
     )
 
@@ -273,8 +272,8 @@ def describe_scores(
     model, score = judged.table.loc["model"], judged.table["score"]
     epoch = "at the last epoch, which nobody chose" if judged.epoch == "last" else "at each fold's best epoch"
     text = (
-        f"The model scores **{model['score']:.3f}** on its pooled out-of-fold predictions {epoch}, with a 95 % interval "
-        f"from {model['low']:.2f} to {model['high']:.2f} (bootstrap and jackknife over {judged.n_visits} visits). "
+        f"The model scores **{model['score']:.3f}** on its pooled out-of-fold predictions {epoch}, with a 95 % "
+        f"interval from {model['low']:.2f} to {model['high']:.2f} (bootstrap and jackknife over {judged.n_visits} visits). "
     )
     if judged.ridge:
         text += _compare_with_ridge(judged)
@@ -363,8 +362,9 @@ def _data_warnings(judged: Judged) -> list[str]:
     if judged.missing:
         text = f"folds {', '.join(map(str, judged.missing))} are not done: the score is that of "
         lines.append(f"{text}{len(judged.oof)} photographs in the other folds.")
-    if judged.lacking:
-        lines.append(f"{', '.join(map(str, judged.lacking))}: not done, so means are over fewer seeds there.")
+    fewer = [str(cell) for cell in judged.lacking if cell.fold not in judged.missing]
+    if fewer:
+        lines.append(f"{', '.join(fewer)}: not done, so means are over fewer seeds there.")
     if judged.data_dir is None:
         text = "are those of an earlier report" if judged.ridge else "that need them are missing"
         lines.append(f"the photographs of the run are not here: pictures are left out, and baselines {text}.")

@@ -432,8 +432,8 @@ def _card_scores(
         "",
         f"Judged on {data['photographs']} photographs of {data['visits']} visits on {data['dates']} dates ({states}), "
         f"{len(data['excluded'])} excluded.",
-        "Each was predicted by the networks that had not seen its fold, one a seed, averaged; all predictions are scored "
-        "together by the competition's weighted R2.",
+        "Each was predicted by the networks that had not seen its fold, one a seed, averaged; all predictions are "
+        "scored together by the competition's weighted R2.",
         "Low and high are a 95 % interval from bootstrap and jackknife over visits; the other columns are the R2 of "
         "each mass.",
         "",
