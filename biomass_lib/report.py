@@ -273,7 +273,8 @@ def describe_scores(
     epoch = "at the last epoch, which nobody chose" if judged.epoch == "last" else "at each fold's best epoch"
     text = (
         f"The model scores **{model['score']:.3f}** on its pooled out-of-fold predictions {epoch}, with a 95 % "
-        f"interval from {model['low']:.2f} to {model['high']:.2f} (bootstrap and jackknife over {judged.n_visits} visits). "
+        f"interval from {model['low']:.2f} to {model['high']:.2f} (bootstrap and jackknife over "
+        f"{judged.n_visits} visits). "
     )
     if judged.ridge:
         text += _compare_with_ridge(judged)
