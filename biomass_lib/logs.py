@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from .claims import Cell
 from .config import Config
 from .device import peak_memory_gb
 from .files import write_csv
@@ -113,7 +114,7 @@ def _wandb_names(
 ) -> dict[str, str]:  # group, name
     "Name a run and its group: `wandb_name` or the fold, and the experiment. The server takes 128 characters of each."
     experiment = one_line(config.experiment, longest=100)
-    name = one_line(config.wandb_name, longest=100) or f"{experiment} fold {config.fold}"
+    name = one_line(config.wandb_name, longest=100) or f"{experiment} {Cell.of(config)}"
     return {"group": experiment, "name": name}
 
 
@@ -146,15 +147,14 @@ def open_wandb(
 def _epoch_line(
     row: dict[str, float],  # of metrics.csv
     epochs: int,  # of the whole training
-    best: tuple[int, float],  # epoch and score of what is kept
+    best: tuple[int, float],  # epoch and score of the best one; epoch 0: nothing is held out
     seconds_left: float,
 ) -> str:
     "Write an epoch as a line."
     left = f"{seconds_left / 60:.0f} min" if seconds_left >= 90 else f"{seconds_left:.0f} s"
-    loss, score = row["train/loss"], row["val/score"]
+    held_out = f"  score {row['val/score']:6.3f}  best {best[1]:.3f} (epoch {best[0]})" if best[0] else ""
     return (
-        f"epoch {row['epoch']:3d}/{epochs}  stage {row['stage']}  loss {loss:.3f}  score {score:6.3f}"
-        f"  best {best[1]:.3f} (epoch {best[0]})  {left} left"
+        f"epoch {row['epoch']:3d}/{epochs}  stage {row['stage']}  loss {row['train/loss']:.3f}{held_out}  {left} left"
     )
 
 # %% ../notebooks/34_logs.ipynb #7052b97f
@@ -163,10 +163,10 @@ class _Screen:
 
     def __init__(
         self,
-        fold: int,
+        name: str,  # of what is trained
         epochs: int,  # of the whole training
     ):
-        self.fold, self.epochs, self.bar, self.first = fold, epochs, None, 0
+        self.name, self.epochs, self.bar, self.first = name, epochs, None, 0
         self.started = self.spoke = time.perf_counter()
 
     def step(self, epoch: int, done: int, steps: int) -> None:  # from 1; steps of it, and in an epoch
@@ -175,7 +175,7 @@ class _Screen:
             return
         if sys.stderr.isatty():
             before = (epoch - 1) * steps + done - 1
-            facts = {"desc": f"fold {self.fold}", "unit": "step", "disable": False}  # whatever was set at its import
+            facts = {"desc": self.name, "unit": "step", "disable": False}  # whatever was set at its import
             self.bar = self.bar or tqdm(total=self.epochs * steps, initial=before, **facts)
             self.bar.update()
         elif time.perf_counter() - self.spoke > 60:
@@ -189,7 +189,7 @@ class _Screen:
         self.spoke = time.perf_counter()
         if self.bar is not None:
             place = {"epoch": f"{row['epoch']}/{self.epochs}", "stage": row["stage"]}
-            numbers = {"loss": row["train/loss"], "score": row["val/score"], "best": best[1]}
+            numbers = {"loss": row["train/loss"]} | ({"score": row["val/score"], "best": best[1]} if best[0] else {})
             self.bar.set_postfix(place | {name: f"{value:.3f}" for name, value in numbers.items()})
         else:
             self.first = self.first or row["epoch"]  # those before were timed by the process that was killed
@@ -257,7 +257,7 @@ class RunLog:
         guard: Callable[[], None] | None = None,  # of `write_file`: what it raises prevents a file
     ):
         self.out_dir, self.writes, self.guard = Path(out_dir), writes, guard
-        self.rows, self.speeds, self.screen = [], [], _Screen(config.fold, epochs)
+        self.rows, self.speeds, self.screen = [], [], _Screen(str(Cell.of(config)), epochs)
         self.wandb = _Wandb(self.out_dir, config, on=config.wandb and writes)
 
     @property
@@ -274,7 +274,7 @@ class RunLog:
             self.screen.step(epoch, done, steps)
 
     def epoch(self, row: dict[str, float], speed: dict[str, float], best: tuple[int, float]) -> None:
-        "Log an epoch: a row of metrics.csv, one of speed.csv, and epoch and score of the weights that are kept."
+        "Log an epoch: a row of metrics.csv, one of speed.csv, and epoch and score of the best one so far."
         self.rows.append(row)
         self.speeds.append(speed)
         if not self.writes:

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .claims import Cell
 from .folds import OKABE_ITO
 from .intervals import pooled_scores
 from .targets import TARGETS
@@ -110,17 +111,17 @@ def plot_baselines(
 
 # %% ../notebooks/53_plots.ipynb #82b06175
 def plot_curves(
-    curves: dict[int, pd.DataFrame],  # as from read_curves
+    curves: dict[Cell, pd.DataFrame],  # as from read_curves
+    kept: dict[Cell, int],  # epoch of the saved weights
 ) -> Figure:
     "Plot training loss, validation loss and validation score by epoch, one line a fold."
     figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8), layout="constrained")
     panels = {"train/loss": "training loss", "val/loss": "held-out loss", "val/score": "held-out score"}
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
-        for (fold, curve), colour in zip(curves.items(), OKABE_ITO * len(curves), strict=False):
-            merit = curve["val/score"].fillna(-curve["val/loss"])  # a fold of bare quadrats has no score
-            best = merit.idxmax()
-            axis.plot(curve["epoch"], curve[column], color=colour, linewidth=1.3, label=f"fold {fold}")
-            axis.plot(curve["epoch"][best], curve[column][best], "o", color=colour, markersize=4)
+        for (cell, curve), colour in zip(curves.items(), OKABE_ITO * len(curves), strict=False):
+            values = curve.set_index("epoch")[column]
+            axis.plot(values, color=colour, linewidth=1.3, label=str(cell))
+            axis.plot(kept[cell], values[kept[cell]], "o", color=colour, markersize=4)
         unfrozen = {
             int(curve["epoch"][curve["stage"] == 1].max()) for curve in curves.values() if curve["stage"].nunique() > 1
         }

@@ -25,9 +25,18 @@ from torch.utils.data import DataLoader
 
 from .audit import audit, stop_on_errors
 from .checkpoint import check_same
-from .claims import LeaseLost, claim, read_done, write_done
+from .claims import Cell, LeaseLost, cell_folder, claim, describe_done, read_done, write_done
 from .command import command, user_path
-from .config import MACHINE_PARAMETERS, Config, config_from_yaml, config_to_yaml, parse_value
+from biomass_lib.config import (
+    ALL,
+    CELL_PARAMETERS,
+    MACHINE_PARAMETERS,
+    Config,
+    config_from_yaml,
+    config_to_yaml,
+    parse_value,
+    run_config,
+)
 from .dataset import HalvesDataset, make_loader
 from .files import read_json, remove_abandoned, sync_folder, write_csv, write_file, write_json
 from .folds import assign_folds, check_folds, read_folds, write_folds
@@ -50,9 +59,9 @@ def _check_params(
     path: Path,  # params.yaml of the experiment
 ) -> None:
     "Compare parameters with those of the experiment. Raises ValueError when they differ."
-    then = config_from_yaml(path).to_dict()
+    then = run_config(path.parent).to_dict()
     what = f"{path.parent} was begun with other parameters"
-    check_same(then, config.to_dict(), what, "remove the folder", free=MACHINE_PARAMETERS)
+    check_same(then, config.to_dict(), what, "remove the folder", free=(*MACHINE_PARAMETERS, *CELL_PARAMETERS))
 
 
 def open_run(
@@ -71,9 +80,9 @@ def write_params(
 ) -> None:
     "Write params.yaml, once for all folds. Raises ValueError as `_check_params` does."
     run_dir = open_run(config)
-    own = tuple(set(MACHINE_PARAMETERS) - {"data_dir", "runs_dir"})  # the report looks where the photographs were
+    own = {*MACHINE_PARAMETERS, *CELL_PARAMETERS} - {"data_dir", "runs_dir"}  # the report looks for the photographs
     try:
-        write_file(run_dir / "params.yaml", config_to_yaml(config, without=own), overwrite=False)
+        write_file(run_dir / "params.yaml", config_to_yaml(config, without=tuple(own)), overwrite=False)
     except FileExistsError:
         _check_params(config, run_dir / "params.yaml")
 
@@ -97,9 +106,10 @@ def _check_parts(
     valid: pd.DataFrame,  # held out
 ) -> None:
     "Check that a fold can be trained, and print when its score is not defined. Raises ValueError with fold and remedy."
-    where = f"fold {config.fold} of {config.n_folds} by {config.fold_scheme}"
+    refit = config.fold == ALL
+    where = "fold all" if refit else f"fold {config.fold} of {config.n_folds} by {config.fold_scheme}"
     remedy = "choose another fold_scheme, fewer folds, or look at train.csv with biomass_audit"
-    if len(train) < 2 or not len(valid):
+    if len(train) < 2 or not (refit or len(valid)):
         raise ValueError(f"{where}: {len(train)} photographs to train on and {len(valid)} held out: {remedy}")
     totals = train["Dry_Total_g"]
     if np.ptp(totals) <= 1e-6 * totals.max():
@@ -107,7 +117,7 @@ def _check_parts(
             f"{where}: all {len(train)} photographs to train on have the same Dry_Total_g, {totals.iloc[0]:g} g, "
             f"so there is nothing to learn: {remedy}"
         )
-    if np.ptp(valid[list(TARGETS)].to_numpy()) == 0 and is_main():
+    if not refit and np.ptp(valid[list(TARGETS)].to_numpy()) == 0 and is_main():
         print(
             f"{where}: all held-out masses are {valid[TARGETS[0]].iloc[0]:g} g, so its own score is not defined; "
             "the best epoch is the one with the least held-out loss, "
@@ -123,10 +133,14 @@ class Fold:
     audit: pd.DataFrame  # warnings and notes, of `audit`
     fold_N: np.ndarray  # fold of each photograph
     train: pd.DataFrame
-    valid: pd.DataFrame
+    valid: pd.DataFrame  # held out; of a refit none
     train_loader: DataLoader
-    valid_loader: DataLoader
+    valid_loader: DataLoader | None  # None: a refit
     run_dir: Path
+
+    @property
+    def loaders(self) -> tuple[DataLoader, DataLoader | None]:  # of training, of validation
+        return self.train_loader, self.valid_loader
 
     @property
     def train_mean_5(self) -> np.ndarray:  # grams, order of TARGETS
@@ -167,11 +181,12 @@ def prepare_fold(
     names = ("data_dir", "img_size", "clean", "cache_dir", "cache_gb", "seed")
     shared = {name: getattr(config, name) for name in names}
     train_set = HalvesDataset(parts[0], augment=augment, mix=config.mix, **shared)
-    valid_set = HalvesDataset(parts[1], **shared)
     part = dict(zip(("rank", "size"), world(), strict=True))
     train_loader = make_loader(train_set, config.batch_size, True, config.workers, config.seed, **part)
+    if config.fold == ALL:
+        return Fold(table, report, fold_N, *parts, train_loader, None, run_dir)
     readers = 0 if config.cache_dir else config.workers  # mapped files are read faster than a worker hands them over
-    valid_loader = make_loader(valid_set, config.batch_size, False, readers, **part)
+    valid_loader = make_loader(HalvesDataset(parts[1], **shared), config.batch_size, False, readers, **part)
     return Fold(table, report, fold_N, *parts, train_loader, valid_loader, run_dir)
 
 # %% ../notebooks/36_train.ipynb #88433c3a
@@ -187,6 +202,23 @@ def oof_table(
     return table
 
 # %% ../notebooks/36_train.ipynb #9f746522
+def _write_oof(
+    fold: Fold,
+    config: Config,
+    result: FitResult,
+    guard: Callable[[], None] | None,  # of `write_file`
+) -> pd.DataFrame | None:  # the table of the saved weights; None: a refit
+    "Write oof.csv (the saved weights), and oof_best.csv or oof_last.csv (the other candidate)."
+    if config.fold == ALL:
+        return None
+    out_dir = cell_folder(fold.run_dir, Cell.of(config))
+    other, mass_N5 = ("best", result.best_N5) if config.keep == "last" else ("last", result.last_N5)
+    oof = oof_table(fold.valid, config.fold, result.kept_N5)
+    write_csv(oof, out_dir / "oof.csv", guard=guard)
+    write_csv(oof_table(fold.valid, config.fold, mass_N5), out_dir / f"oof_{other}.csv", guard=guard)
+    return oof
+
+
 def save_fold(
     fold: Fold,
     config: Config,
@@ -194,16 +226,15 @@ def save_fold(
     seconds: float,  # the whole fold took
     guard: Callable[[], None] | None = None,  # of `write_file`
 ) -> Path:  # the fold's folder
-    "Write oof.csv (best epoch) and oof_last.csv (last epoch), at last done.json; remove the checkpoint."
-    out_dir = fold.run_dir / f"fold{config.fold}"
+    "Write the out-of-fold tables and at last done.json; remove the checkpoint."
+    out_dir = cell_folder(fold.run_dir, Cell.of(config))
     if not is_main():
         return out_dir
-    oof = oof_table(fold.valid, config.fold, result.best_N5)
-    write_csv(oof, out_dir / "oof.csv", guard=guard)
-    write_csv(oof_table(fold.valid, config.fold, result.last_N5), out_dir / "oof_last.csv", guard=guard)
-    scores = {"score": result.best_score, "last_score": result.last_score}  # JSON has no NaN
-    done = {"fold": config.fold, "epoch": result.best_epoch}
-    done |= {name: None if math.isnan(score) else score for name, score in scores.items()}
+    oof, refit = _write_oof(fold, config, result, guard), config.fold == ALL
+    scores = {"score": result.kept_score, "last_score": result.last_score, "best_score": result.best_score}
+    done = {"fold": "all" if refit else config.fold, "seed": config.seed, "kept": config.keep}
+    done |= {"epoch": result.kept_epoch, "best_epoch": None if refit else result.best_epoch}
+    done |= {name: None if math.isnan(score) else score for name, score in scores.items()}  # JSON has no NaN
     done |= {"n_train": len(fold.train), "n_valid": len(fold.valid), "seconds": round(seconds, 1)}
     write_done(out_dir, done, guard)
     (out_dir / "last.ckpt").unlink(missing_ok=True)
@@ -253,7 +284,7 @@ def _write_shared_files(
     "Write the files that all folds share, once. Raises ValueError when they have other parameters, folds or data."
     write_params(config)
     write_folds(fold.run_dir / "folds.csv", fold.table, fold.fold_N)
-    facts = fold.train_loader.dataset.facts | fold.valid_loader.dataset.facts
+    facts = {name: value for loader in fold.loaders if loader for name, value in loader.dataset.facts.items()}
     facts, path = {name: facts[name] for name in fold.table["image_id"]}, fold.run_dir / "data.json"
     try:
         write_json(facts, path, overwrite=False)
@@ -273,7 +304,8 @@ def _start_fold(
         torch.manual_seed(config.seed + 1000 * world()[0])  # the same weights everywhere, but not the same dropout
     _check_model(config, model)
     check_on_main(lambda: _write_shared_files(config, fold))
-    meta = {"fold": config.fold, "train_mean_g": fold.train_mean_5.tolist(), "params": config.to_dict()}
+    params = config.to_dict()
+    meta = {"fold": params["fold"], "train_mean_g": fold.train_mean_5.tolist(), "params": params}
     meta["train_quantiles_g"] = fold.train_quantiles_5Q.round(2).tolist()
     return model, meta
 
@@ -315,11 +347,10 @@ def run_fold(
     started = time.perf_counter() if started is None else started
     model, meta = _start_fold(config, fold, model_fn)
     scale_g = float(fold.train["Dry_Total_g"].std())
-    with _hold_lease(fold.run_dir / f"fold{config.fold}") as guard:
-        out_dir = fold.run_dir / f"fold{config.fold}"
+    out_dir = cell_folder(fold.run_dir, Cell.of(config))
+    with _hold_lease(out_dir) as guard:
         _clear_done_fold(out_dir)
-        loaders = (fold.train_loader, fold.valid_loader)
-        result = fit(model, *loaders, config, out_dir, scale_g=scale_g, guard=guard, **meta)
+        result = fit(model, *fold.loaders, config, out_dir, scale_g=scale_g, guard=guard, **meta)
         save_fold(fold, config, result, time.perf_counter() - started, guard)
     return out_dir, result
 
@@ -358,9 +389,7 @@ def train_main(
     with joined():
         out_dir = train_fold(config)
         if is_main():
-            done = read_done(out_dir)
-            score = "not defined" if done["score"] is None else f"{done['score']:.3f}"
-            print(f"{out_dir}: score {score}, epoch {done['epoch']}, {done['seconds']:.0f} s")
+            print(f"{out_dir}: {describe_done(read_done(out_dir))}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # as a module; a notebook has no file

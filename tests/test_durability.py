@@ -111,7 +111,7 @@ def test_power_cut_at_any_moment_of_a_training(home: Path):
         name: [i for i, event in enumerate(events) if event[0] == "replace" and event[-1] == name]
         for name in (
             "oof.csv",
-            "oof_last.csv",
+            "oof_best.csv",
             "metrics.csv",
             "weights.safetensors",
             "weights.json",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from biomass_lib import logs, loop, train
-from biomass_lib.claims import read_done
+from biomass_lib.claims import Cell, read_done
 from biomass_lib.config import Config, smoke_config
 from biomass_lib.demo import render_dataset
 from biomass_lib.evaluate import read_oof
@@ -31,7 +31,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
     home = tmp_path_factory.mktemp("home")
     render_dataset(home / "demo", n_train=12, n_test=2, seed=1, workers=1)
     config, _ = smoke_config(Config(dropout=0.0, backbone="test_vit"), home / "demo")
-    return dataclasses.replace(config, cache_dir=str(home / "cache"))
+    return dataclasses.replace(config, cache_dir=str(home / "cache"), keep="best")  # the harder way to end
 
 
 class Killed(BaseException):
@@ -158,8 +158,8 @@ def test_data_and_runs_by_another_path_are_the_same(settings, tmp_path, monkeypa
     train.train_fold(moved)
     assert "going on from last.ckpt at epoch 2" in capsys.readouterr().out
     assert (train.train_fold(dataclasses.replace(moved, fold=1)) / "done.json").is_file()
-    with pytest.raises(ValueError, match="seed: 0 -> 1"):
-        train.train_fold(dataclasses.replace(moved, seed=1))
+    with pytest.raises(ValueError, match="dropout: 0.3 -> 0.1"):
+        train.train_fold(dataclasses.replace(moved, fold=1, dropout=0.1))
 
 
 def test_a_log_that_fails_at_the_end_ends_nothing(settings, tmp_path, monkeypatch, capsys):
@@ -301,10 +301,10 @@ def test_a_fold_without_a_score_of_its_own(settings, tmp_path, capsys):
     done = [read_done(folder) for folder in folders]
     assert done[0]["score"] is None and done[0]["last_score"] is None and done[1]["score"] is not None
     history = pd.read_csv(folders[0] / "metrics.csv").set_index("epoch")
-    assert history["val/score"].isna().all() and done[0]["epoch"] == history["val/loss"].idxmin()
+    assert history["val/score"].isna().all() and done[0]["best_epoch"] == history["val/loss"].idxmin()
     assert json.loads((folders[0] / "weights.json").read_text())["score"] is None
     assert np.isfinite(scores(*masses_of(read_oof(folders[0].parent)))["score"])
     manifest = assemble_weights(folders[0].parent, tmp_path / "weights")
     assert [entry["score"] is None for entry in manifest["models"]] == [True, False, False]
-    assert fold_line(0, folders[0].parent).startswith("fold 0: score not defined, epoch ")
+    assert fold_line(Cell(0), folders[0].parent).startswith("fold 0: score not defined, epoch ")
     assert np.isfinite(make_report(folders[0].parent).loc["model", "score"])

@@ -103,7 +103,7 @@ def test_numbers_are_those_of_the_predictions(home: Path):
     run = home / "runs/tiny"
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     table = pd.read_csv(run / "scores.csv", index_col=0)
-    for file, name in (("oof.csv", "model"), ("oof_last.csv", "model, last epoch")):
+    for file, name in (("oof.csv", "model"), ("oof_best.csv", "model, best epoch")):
         oof = pd.concat(pd.read_csv(path) for path in run.glob(f"fold*/{file}"))
         score = score_by_hand(oof[list(TARGETS)], oof[[f"{target}_pred" for target in TARGETS]])
         assert table.loc[name, "score"] == pytest.approx(score)
@@ -115,8 +115,16 @@ def test_numbers_are_those_of_the_predictions(home: Path):
     assert report["data"]["demo"] and any("drawn by a program" in line for line in report["warnings"])
     done = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("fold*/done.json"))]
     assert list(report) == list(REPORT_KEYS)
-    assert read_report(run, done)[1] == "" and "about other weights" in read_report(run, done[1:])[1]
-    assert report["models"] == [{key: fold[key] for key in ("fold", "epoch", "score")} for fold in done]
+    other = done[0] | {"epoch": 1}
+    assert read_report(run, done)[1] == "" and "about other weights" in read_report(run, [other, *done[1:]])[1]
+    assert report["models"] == [{key: fold[key] for key in ("fold", "seed", "epoch", "score")} for fold in done]
+    assert report["kept"] == "last" and report["last_epoch"]["value"] == report["score"]["value"]
+    assert report["best_epoch"]["optimism"] == pytest.approx(
+        table.loc["model, best epoch", "score"] - table.loc["model", "score"]
+    )
+    score, low, high = table.loc["model", ["score", "low", "high"]]
+    assert report["headline"].startswith(f"tiny: {score:.2f} (95 % {low:.2f} to {high:.2f}), ")
+    assert report["headline"].endswith("ridge")
 
 
 def test_notebook_holds_no_logic():
@@ -207,10 +215,10 @@ def test_paper(home: Path, tmp_path: Path):
     assert len(re.findall(rb"/Subtype\s*/Image", content)) >= FIGURES
 
 
-def forget_files(run: Path) -> None:
-    "Make folds as earlier versions left them: nobody knows what their files were."
+def forget_files(run: Path, *more: str) -> None:
+    "Make folds as earlier versions left them: nobody knows what their files were, nor more facts."
     for path in run.glob("fold*/done.json"):
-        write_json({name: value for name, value in read_json(path).items() if name != "files"}, path)
+        write_json({name: value for name, value in read_json(path).items() if name not in ("files", *more)}, path)
 
 
 @pytest.mark.slow
@@ -224,9 +232,9 @@ def test_run_without_its_data(copy: Path):
     assert "the photographs of the run are not here" in html
     assert len(Page(html).all("img")) == FIGURES - 2
 
-    for path in (copy / "runs/tiny/baselines.csv", *copy.glob("runs/tiny/fold*/oof_last.csv")):  # a run of earlier days
+    for path in (copy / "runs/tiny/baselines.csv", *copy.glob("runs/tiny/fold*/oof_best.csv")):  # a run of earlier days
         path.unlink()
-    forget_files(copy / "runs/tiny")
+    forget_files(copy / "runs/tiny", "kept", "best_epoch", "best_score")
     status, output = command(copy, "biomass_report", "runs/tiny")
     assert status == 0, output
     table = pd.read_csv(copy / "runs/tiny/scores.csv", index_col=0)

@@ -19,7 +19,7 @@ from biomass_lib.config import Config, config_to_yaml, smoke_config
 from biomass_lib.demo import render_dataset
 
 ROOT = Path(__file__).parent.parent
-SAME = ("metrics.csv", "weights.safetensors", "weights.json", "oof.csv", "oof_last.csv")
+SAME = ("metrics.csv", "weights.safetensors", "weights.json", "oof.csv", "oof_best.csv")
 # everything at once: mid-epoch checkpoints, averaged weights, dropout, augmentation, summed-up batches, workers
 SETTINGS = {"batch_size": 2, "accumulate": 2, "checkpoint_steps": 1, "ema_decay": 0.9, "workers": 2}
 SETTINGS |= {"stage1_epochs": 3, "stage2_epochs": 8, "n_folds": 3}
