@@ -422,10 +422,12 @@ def add_artefacts(
         _lay_cardboard(rng, photo_HW3)
     if added["black_rim"]:
         for side in rng.permutation(4)[: rng.integers(1, 3)]:
-            turned_HW3 = np.rot90(photo_HW3, side)[:14]  # a view; row 0 is the edge
-            end_W = np.linspace(*rng.uniform(5, 12, 2), turned_HW3.shape[1])
-            rim_HW = np.arange(14)[:, None] < end_W
-            turned_HW3[rim_HW] = rng.normal(rng.uniform(0.7, 1.2) * np.array([62, 55, 47]), 2.5, (rim_HW.sum(), 3))
+            turned_HW3 = np.rot90(photo_HW3, side)[:16]  # a view; row 0 is the edge
+            end_W = rng.uniform(6, 10) + np.linspace(0, rng.uniform(-2, 2), turned_HW3.shape[1])
+            inside_HW = np.arange(16)[:, None] - end_W
+            colour_3 = rng.uniform(0.7, 1.2) * np.array([62, 55, 47])
+            for part_HW, light in ((inside_HW < 0, 1.0), ((inside_HW >= 0) & (inside_HW < 3), 2.2)):  # inner side: lit
+                turned_HW3[part_HW] = rng.normal(light * colour_3, 2.5, (part_HW.sum(), 3))
     if added["date_stamp"]:
         year, month, day = visit.date.split("/")
         text, font = f"{day}.{month}.{year}", cv2.FONT_HERSHEY_DUPLEX
