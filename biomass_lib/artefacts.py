@@ -443,9 +443,10 @@ def draw_date_stamp(
 # %% ../notebooks/10_artefacts.ipynb #01293306
 def _dot_places(
     rng: np.random.Generator,
+    small: bool,  # small ones anywhere, too
 ) -> tuple[np.ndarray, float]:  # place_K2: x, y as shares of width and height; radius as a share of the height
     "Draw the places of one or two slightly slanted rows of large dots, or of a few small ones anywhere."
-    if rng.random() < 0.3:
+    if small and rng.random() < 0.3:
         return rng.uniform(0.06, 0.94, (int(rng.integers(1, 4)), 2)), float(rng.uniform(0.01, 0.02))
     count, tilt, step = int(rng.integers(3, 6)), rng.uniform(-0.12, 0.12), rng.uniform(0.19, 0.22)
     start_2 = rng.uniform((0.02, 0.05), (0.2, 0.55))
@@ -459,10 +460,11 @@ def _dot_places(
 def draw_flash_dots(
     image_HW3: np.ndarray,  # uint8 RGB, a half or a photograph
     rng: np.random.Generator,  # draws number, places and size
+    small: bool = True,  # now and then a few small dots anywhere instead of rows of large ones
 ) -> np.ndarray:  # a copy with dots
     "Cast red spots of light that keep some of the texture they fall on."
     height, width = image_HW3.shape[:2]
-    place_K2, radius = _dot_places(rng)
+    place_K2, radius = _dot_places(rng, small)
     y_H1, x_W = np.arange(height)[:, None] / height, np.arange(width) / height
     light_HW = np.zeros((height, width))
     for x, y in place_K2 * (width / height, 1):

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from .artefacts import draw_flash_dots
 from .command import command, user_path
 from .files import write_csv, write_file, write_json
 from .supervise import die_with_parent
@@ -386,8 +387,25 @@ def _light_relief(
     height_hw = cv2.GaussianBlur(cv2.resize(height_hw, (500, 250), interpolation=cv2.INTER_LINEAR), (0, 0), 4)
     hollow_hw = height_hw - cv2.GaussianBlur(height_hw, (0, 0), 40)
     slope_hw = height_hw - np.roll(height_hw, (8, 8), axis=(0, 1))
-    light_hw = np.exp(np.clip(0.65 * hollow_hw + (0.3 + 0.5 * sun) * slope_hw, -1.2, 0.3))
+    light_hw = np.exp(np.clip(0.9 * hollow_hw + (0.3 + 0.5 * sun) * slope_hw, -1.2, 0.3))
     canvas_HW3 *= cv2.resize(light_hw, (2000, 1000), interpolation=cv2.INTER_LINEAR)[..., None]
+
+# %% ../notebooks/18_demo.ipynb #ce5c6acc
+def _lay_cardboard(
+    rng: np.random.Generator,
+    photo_HW3: np.ndarray,  # uint8, changed in place
+) -> None:
+    "Lay a slanted sheet, beige to pink, over a part of the upper or the lower edge."
+    height, width = photo_HW3.shape[:2]
+    wide, pinkness = rng.uniform(0.25, 0.4) * width, rng.uniform()
+    left, lean_2 = rng.uniform(-0.02 * width, 1.02 * width - wide), rng.uniform(-0.03, 0.03, 2) * width
+    high_2 = rng.uniform(0.03, 0.09, 2) * height
+    x_P = np.array([left, left + lean_2[0], left + wide + lean_2[1], left + wide])
+    y_P = np.array([-1, *high_2, -1])
+    sheet_P2 = np.stack([x_P, y_P if rng.random() < 0.5 else height - y_P], axis=1).round().astype(np.int32)
+    mask_HW = cv2.fillPoly(np.zeros((height, width), np.uint8), [sheet_P2], 1) > 0
+    colour_3 = np.array([182, 156, 122]) + pinkness * np.array([18, -4, 14])
+    photo_HW3[mask_HW] = rng.normal(colour_3, 3, (mask_HW.sum(), 3)).clip(0, 255)
 
 # %% ../notebooks/18_demo.ipynb #a157aa35
 def add_artefacts(
@@ -398,16 +416,18 @@ def add_artefacts(
     "Add date stamps, flash dots, cardboard and black rims, as often as people left them in."
     shares = {"flash_dots": 0.08, "cardboard": 0.06, "black_rim": 0.12}
     added = {"date_stamp": visit.date_stamp} | {name: bool(rng.random() < share) for name, share in shares.items()}
-    if added["cardboard"]:
-        left, right = rng.integers(930, 985), rng.integers(930, 985)
-        sheet_P2 = np.array([[0, 1000], [0, left], [2000, right], [2000, 1000]], dtype=np.int32)
-        cv2.fillPoly(photo_HW3, [sheet_P2], (176, 148, 112))
-    if added["black_rim"]:
-        photo_HW3[:, : rng.integers(8, 40)] = 18
-        photo_HW3[: rng.integers(4, 24)] = 18
     if added["flash_dots"]:
-        for x, y in rng.integers((60, 60), (1940, 940), (rng.integers(1, 4), 2)):
-            cv2.circle(photo_HW3, (int(x), int(y)), int(rng.integers(8, 18)), (226, 40, 48), -1, cv2.LINE_AA)
+        photo_HW3[:] = draw_flash_dots(photo_HW3, rng, small=False)
+    if added["cardboard"]:
+        _lay_cardboard(rng, photo_HW3)
+    if added["black_rim"]:
+        for side in rng.permutation(4)[: rng.integers(1, 3)]:
+            turned_HW3 = np.rot90(photo_HW3, side)[:16]  # a view; row 0 is the edge
+            end_W = rng.uniform(6, 10) + np.linspace(0, rng.uniform(-2, 2), turned_HW3.shape[1])
+            inside_HW = np.arange(16)[:, None] - end_W
+            colour_3 = rng.uniform(0.7, 1.2) * np.array([62, 55, 47])
+            for part_HW, light in ((inside_HW < 0, 1.0), ((inside_HW >= 0) & (inside_HW < 3), 2.2)):  # inner side: lit
+                turned_HW3[part_HW] = rng.normal(light * colour_3, 2.5, (part_HW.sum(), 3))
     if added["date_stamp"]:
         year, month, day = visit.date.split("/")
         text, font = f"{day}.{month}.{year}", cv2.FONT_HERSHEY_DUPLEX
@@ -424,10 +444,10 @@ def _colour_matrix(
     luma_3, usual = np.array([0.3, 0.59, 0.11]), 122.0
     gain_3 = np.array(visit.cast_3) * rng.lognormal(0, (0.03, 0.02, 0.05))
     gain_3 *= (mean_3.mean() / mean_3) ** rng.uniform(0, 0.3)
-    saturation = visit.saturation * rng.lognormal(0, 0.18)
+    saturation = visit.saturation * rng.lognormal(0, 0.12)
     matrix_33 = saturation * np.diag(gain_3) + (1 - saturation) * np.outer(np.ones(3), luma_3 * gain_3)
     matrix_33 *= usual * rng.lognormal(0, 0.09) / float(luma_3 @ (gain_3 * mean_3))
-    contrast = (0.82 + 0.12 * visit.sun) * rng.lognormal(0, 0.12)
+    contrast = (0.82 + 0.12 * visit.sun) * rng.lognormal(0, 0.08)
     return np.hstack([contrast * matrix_33, np.full((3, 1), usual * (1 - contrast))])
 
 
@@ -514,7 +534,7 @@ def plan_visits(
 ) -> list[_Visit]:  # one a photograph
     "Deal photographs out to visits; at least four visits; a large set has larger ones."
     rng = np.random.default_rng([seed, 3, first])
-    n_visits = max(min(4, n_photos), round(min(n_photos / 6, 1.5 * n_photos**0.5)))
+    n_visits = max(min(4, n_photos), round(min(n_photos / 4, 1.5 * max(n_photos, 256) ** 0.5)))
     states = list(_STATES)[:n_visits]
     share = np.array([_STATES[name][0] for name in _STATES])
     while len(states) < n_visits:  # the State that is furthest behind its share comes next
@@ -616,6 +636,9 @@ def _long_rows(
     return pd.DataFrame(rows)
 
 # %% ../notebooks/18_demo.ipynb #08970a81
+_FORMAT = 2  # in demo.json; higher when the same parameters give other photographs
+
+
 def _claim_folder(
     out: Path,
     recipe: dict[str, Any],  # how the set is to be made
@@ -623,11 +646,16 @@ def _claim_folder(
     "Claim an empty folder, or find the data set in it. Raises ValueError when it holds other files or another set."
     if (out / "demo.json").is_file():
         facts = json.loads((out / "demo.json").read_text(encoding="utf-8"))
-        if all(facts.get(key) == value for key, value in recipe.items()):
+        other = {key for key, value in recipe.items() if facts.get(key) != value}
+        if not other:
             return False
-        raise ValueError(
-            f"{out} holds a demo data set made with other parameters ({facts}); remove it or choose another folder"
-        )
+        if other != {"format"} or facts.get("format", recipe["format"]) > recipe["format"]:
+            raise ValueError(
+                f"{out} holds a demo data set made with other parameters ({facts}); remove it or choose another folder"
+            )
+        print(f"{out} was drawn by an older renderer (format {facts['format']}): drawing it anew")
+        (out / ".started").touch()
+        (out / "demo.json").unlink()
     files = [path.name for path in out.iterdir()] if out.is_dir() else []
     if files and not (out / ".started").exists():
         raise ValueError(f"{out} is not empty ({', '.join(sorted(files)[:3])}) and not ours; choose another folder")
@@ -657,7 +685,7 @@ def render_dataset(
             f"seed = {seed} at least 0"
         )
     out = Path(out)
-    recipe = {"generator": "biomass_demo", "format": 1, "seed": seed, "n_train": n_train, "n_test": n_test}
+    recipe = {"generator": "biomass_demo", "format": _FORMAT, "seed": seed, "n_train": n_train, "n_test": n_test}
     if not _claim_folder(out, recipe):
         return json.loads((out / "demo.json").read_text(encoding="utf-8"))
     photos = plan_photos(n_train, n_test, seed)
