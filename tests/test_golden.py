@@ -68,6 +68,7 @@ def train_all(**changes) -> dict[str, dict[str, list[float]]]:  # kind -> logged
         shared = {"data_dir": str(data), "runs_dir": f"{place}/runs", "cache_dir": "", "workers": 0, "n_folds": 2}
         shared |= {"pretrained": False, "img_size": 64, "batch_size": 3, "amp": "off"}
         shared |= {"stage1_epochs": 1, "stage2_epochs": 2, "stage1_lr": 1e-2, "stage2_lr": 3e-3}
+        shared |= {"head_lr": 0.0, "bank": 0}  # as when the numbers were stored
         curves = {}
         for kind, own in KINDS.items():
             config = Config(**(shared | {"model": kind, "experiment": kind} | own | changes))
