@@ -252,6 +252,8 @@ def _train_heads(
     "Train the heads of `two_stream` on stored features. Raises FloatingPointError when the loss is not finite."
     features = torch.as_tensor(np.asarray(features_ND), dtype=torch.float32)
     true_N5 = torch.as_tensor(np.asarray(mass_N5), dtype=torch.float32)
+    size = max(1.0, float(features.std(dim=0, correction=0).square().mean().sqrt()) / 3)  # of networks: 1
+    features = features / size
     criterion = MassLoss(max(float(true_N5[:, TARGETS.index("Dry_Total_g")].std()), 1e-3), loss_beta_g)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -269,6 +271,8 @@ def _train_heads(
             loss.backward()
             nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
             optimizer.step()
+    for layers in heads.layers:
+        layers[0].weight.data /= size
     return heads.eval().requires_grad_(False)
 
 # %% ../notebooks/54_features.ipynb #36e00341

@@ -158,7 +158,7 @@ def test_data_and_runs_by_another_path_are_the_same(settings, tmp_path, monkeypa
     train.train_fold(moved)
     assert "going on from last.ckpt at epoch 2" in capsys.readouterr().out
     assert (train.train_fold(dataclasses.replace(moved, fold=1)) / "done.json").is_file()
-    with pytest.raises(ValueError, match="dropout: 0.3 -> 0.1"):
+    with pytest.raises(ValueError, match="dropout: .* -> 0.1"):
         train.train_fold(dataclasses.replace(moved, fold=1, dropout=0.1))
 
 
