@@ -23,15 +23,15 @@ from biomass_lib.parallel import launch, world
 from biomass_lib.supervise import descendants
 
 ROOT = Path(__file__).parent.parent
-UNEVEN = 2  # the fold with 15 photographs to train on and 5 held out
-ONE_LEFT = 1  # the fold with 13: a last batch of one photograph, for two processes
+UNEVEN = 0  # the fold with 15 photographs to train on and 9 held out
+ONE_LEFT = 2  # the fold with 17: a last batch of one photograph, for two processes
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
-    render_dataset(folder / "demo", n_train=20, n_test=2, seed=1)
+    render_dataset(folder / "demo", n_train=24, n_test=2, seed=1)
     return folder
 
 
@@ -66,7 +66,7 @@ def test_two_processes_are_one_with_twice_the_batch(home: Path, fold: int, chang
     assert len(curves[0]) == 5
     ids = [pd.read_csv(folder / "oof.csv").image_id.tolist() for folder in (one, two)]
     assert ids[0] == ids[1] and len(set(ids[0])) % 2 == 1  # no held-out photograph is lost or there twice
-    assert (20 - len(ids[0])) % 4 == (3 if fold == UNEVEN else 1)  # the last batch is shared two to one, or one to none
+    assert (24 - len(ids[0])) % 4 == (3 if fold == UNEVEN else 1)  # the last batch is shared two to one, or one to none
     np.testing.assert_allclose(curves[1].to_numpy(), curves[0].to_numpy(), rtol=2e-3, atol=2e-4)
     masses = [pd.read_csv(folder / "oof.csv").filter(like="_pred").to_numpy() for folder in (one, two)]
     np.testing.assert_allclose(masses[1], masses[0], rtol=1e-3, atol=0.02)  # grams
@@ -84,6 +84,7 @@ def fold_of(home: Path, experiment: str, **changes) -> Config:
     config, _ = smoke_config(Config(backbone="test_resnet", cache_dir=str(home / "cache")), home / "demo")
     settings = {"experiment": experiment, "runs_dir": str(home / "runs"), "n_folds": 3, "fold": UNEVEN, "workers": 0}
     settings |= {"batch_size": 2, "stage1_epochs": 1, "stage2_epochs": 3, "stage2_lr": 3e-3, "checkpoint_steps": 1}
+    settings |= {"keep": "best"}  # whose weights must survive
     return dataclasses.replace(config, **(settings | changes))
 
 
