@@ -29,9 +29,12 @@ SEEN_IN_PIXELS = ("flat", "near_copy", "zero_green")
 def clean_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "48 photographs: twelve rendered ones, each as it is and flipped in three ways, with masses of its own."
     drawn, folder = tmp_path_factory.mktemp("drawn") / "demo", tmp_path_factory.mktemp("clean")
-    render_dataset(drawn, n_train=12, n_test=1, seed=3)
+    render_dataset(drawn, n_train=12, n_test=1, seed=0)
     (folder / "train").mkdir()
     table = long_to_wide(read_text_csv(drawn / "train.csv", TRAIN_COLUMNS))
+    table["Dry_Green_g"] = table["Dry_Green_g"].clip(lower=1)  # no green at all would be worth a note
+    table["GDM_g"] = table["Dry_Green_g"] + table["Dry_Clover_g"]
+    table["Dry_Total_g"] = table["GDM_g"] + table["Dry_Dead_g"]
     parts = []
     for k, flip in enumerate(FLIPS):
         part = table.assign(image_id=[f"ID{100 * (k + 1) + i}" for i in range(len(table))])
