@@ -55,7 +55,7 @@ def test_a_lost_batch_is_an_error_that_says_what_to_do(home: Path, kind: type, w
 def test_a_worker_killed_between_batches(home: Path, monkeypatch: pytest.MonkeyPatch):
     "Torch raises its error in the middle of whatever the training does then."
     config, _ = smoke_config(Config(runs_dir=str(home / "runs"), experiment="killed", cache_dir=""), home / "demo")
-    config, train_step = dataclasses.replace(config, workers=1), loop.train_step
+    config, train_step = dataclasses.replace(config, workers=1, bank=0), loop.train_step
 
     def killing_step(*given) -> torch.Tensor:
         for worker in multiprocessing.active_children():
