@@ -6,15 +6,16 @@
 __all__ = ['weights_digest', 'FeatureBank', 'fill_bank', 'BankLoader']
 
 # %% ../notebooks/24_bank.ipynb #9c507af3
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -100,8 +101,12 @@ class FeatureBank:
         draw_2: tuple[int, int],  # which draw of the left and of the right half
     ) -> torch.Tensor:  # features_2..., float32
         "Put the features of two halves together. Raises FileNotFoundError when somebody removed a file."
-        stored = self.stored[row]
-        features_K2 = np.load(stored, mmap_mode="r", allow_pickle=False) if isinstance(stored, Path) else stored
+        features_K2 = self.stored[row]
+        if isinstance(features_K2, Path):
+            try:
+                features_K2 = np.load(features_K2, mmap_mode="r", allow_pickle=False)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error.filename} was removed during the run: start the run again") from error
         return torch.from_numpy(np.stack([features_K2[draw_2[0], 0], features_K2[draw_2[1], 1]]))
 
 # %% ../notebooks/24_bank.ipynb #4f3893b5
@@ -117,6 +122,17 @@ def _room(
         return _MOST_IN_MEMORY
     used = sum(file.stat().st_size for file in Path(cache_dir).glob("*/*.npy"))
     return min(limit_gb * 1e9 - used, shutil.disk_usage(cache_dir).free)
+
+
+def _is_writable(folder: Path) -> bool:
+    "Make a folder of the cache, and tell whether files can be written there."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _is_stored(
@@ -166,9 +182,11 @@ def fill_bank(
     "Compute what is not in the bank yet. Raises ValueError for features that are not finite, OSError as `write_file`."
     dataset = loader.dataset
     digests = photo_digests(dataset.paths)
+    folder = Path(cache_dir) / f"features_{_recipe_key(model, dataset, draws, dtype)}"
+    if str(cache_dir) and not _is_writable(folder):
+        print(f"the cache {cache_dir} cannot be written: features stay in memory")
+        cache_dir = ""
     if str(cache_dir):
-        folder = Path(cache_dir) / f"features_{_recipe_key(model, dataset, draws, dtype)}"
-        folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
         stored = [folder / f"{digest}.npy" for digest in digests]
         missing = [row for row, file in enumerate(stored) if not _is_stored(file, draws)]

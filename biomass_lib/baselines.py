@@ -279,17 +279,17 @@ def score_rows(
 
 # %% ../notebooks/51_baselines.ipynb #b89c86fa
 def baseline_table(
-    oof: pd.DataFrame,  # as from read_oof: best epochs
-    last: pd.DataFrame | None,  # read_oof(which="last"); None when there is none
+    oof: pd.DataFrame,  # as from read_oof: the predictions to quote
+    best: pd.DataFrame | None,  # read_oof(which="best"), for comparison; None when there is none
     others: dict[str, np.ndarray],  # name -> pred_N5 in the order of oof, as from baselines
     cluster_N: np.ndarray | None = None,  # None: visits
     level: float = 0.95,  # of the intervals
 ) -> pd.DataFrame:  # rows: predictions; columns: score, low, high, five R2, ahead, ahead_low, ahead_high, note
-    "Compare the model with the baselines. Raises ValueError when `last` holds other photographs, and as `weighted_r2`."
-    if last is not None and last["image_id"].tolist() != oof["image_id"].tolist():
-        raise ValueError("the tables of the best and of the last epoch hold other photographs, or in another order")
+    "Compare the model with the baselines. Raises ValueError when `best` holds other photographs, and as `weighted_r2`."
+    if best is not None and best["image_id"].tolist() != oof["image_id"].tolist():
+        raise ValueError("the tables of the last and of the best epoch hold other photographs, or in another order")
     true_N5, pred_N5 = masses_of(oof)
-    predictions = {"model": pred_N5} | ({} if last is None else {"model, last epoch": masses_of(last)[1]}) | others
+    predictions = {"model": pred_N5} | ({} if best is None else {"model, best epoch": masses_of(best)[1]}) | others
     ridge = best_ridge(true_N5, others)
     rows = score_rows(true_N5, predictions, ridge, visit_of(oof) if cluster_N is None else cluster_N, level)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("prediction")

@@ -397,12 +397,8 @@ def config_from_yaml(
         raise ValueError(f"{path}: {error}") from error
 
 # %% ../notebooks/05_config.ipynb #eb27ff57
-_BEFORE = {
-    "head_lr": 0.0,
-    "bank": 0,
-    "keep": "best",
-    "batch_norm": "trained",
-}  # what was done before the parameter existed
+# what was done before the parameter existed
+_BEFORE = {"head_lr": 0.0, "bank": 0, "keep": "best", "batch_norm": "trained"}
 
 
 def run_config(
@@ -411,9 +407,9 @@ def run_config(
 ) -> Config:
     "Read the parameters of a run, also of one that an older version began. Raises as `config_from_yaml` does."
     path = Path(run_dir) / "params.yaml"
-    return config_from_yaml(
-        path, **{name: old for name, old in _BEFORE.items() if name not in read_yaml(path)} | overrides
-    )
+    parameters = read_yaml(path)
+    then = {name: value for name, value in _BEFORE.items() if name not in parameters}
+    return config_from_yaml(path, **then | overrides)
 
 # %% ../notebooks/05_config.ipynb #14311e3b
 def parse_value(

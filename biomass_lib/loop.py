@@ -411,7 +411,7 @@ def _with_bank(
 ) -> DataLoader | BankLoader:
     "Take features from a bank in place of pixels, where they can be stored; otherwise return the loader as it is."
     dataset, c = loader.dataset, t.config
-    draws = 1 if dataset.augment is None else c.bank
+    draws = 1 if dataset.augment is None else min(c.bank, c.stage1_epochs)
     if not draws or dataset.mix:
         return loader
     if dataset.augment is not None and not getattr(dataset.augment, "name", ""):

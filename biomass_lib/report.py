@@ -162,15 +162,6 @@ def _quoted_and_best(
         except FileNotFoundError:
             return "last", last, None
 
-
-def _score_table(
-    oof: pd.DataFrame,  # to quote
-    best: pd.DataFrame | None,  # of the best epochs
-    others: dict[str, np.ndarray],  # name -> pred_N5
-) -> pd.DataFrame:
-    table = baseline_table(oof, best, others, visit_of(oof))
-    return table.rename(index={"model, last epoch": _BEST})  # what baseline_table calls its second model
-
 # %% ../notebooks/55_report.ipynb #231278a7
 def judge_run(
     run_dir: str | Path,  # runs/<experiment> with finished folds
@@ -205,7 +196,7 @@ def judge_run(
         seeds=seed_scores(run_dir, epoch),
         baselines=others,
         ridge=best_ridge(masses_of(oof)[0], others),
-        table=_score_table(oof, best, others),
+        table=baseline_table(oof, best, others, visit_of(oof)),
         level=level,
         low_N5=low_N5,
         high_N5=high_N5,
