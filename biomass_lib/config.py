@@ -123,7 +123,7 @@ class Config:
     hidden_ratio: float = _number(0.25, above=0)  # width of the heads' hidden layer as a share of the feature width
     dropout: float = _number(0.30, least=0, below=1)  # in the heads
     pool: str = _choice("timm", "mean", "max_mean", "gem", "attention")  # two_stream; timm is the backbone's own
-    fuse: str = _choice("concat", "mean", "cross")  # the halves; cross needs two_stream, and a pool that is not timm
+    fuse: str = _choice("mean", "concat", "cross")  # the halves; cross needs two_stream, and a pool that is not timm
     grid: int = _number(2, least=1, most=1000)  # dinov2_tiled: tiles along each side of a half
     film: str = _choice("cross", "identity")  # dinov2_tiled: tiles modulated by the other half, or not at all
     aux: tuple = _joined(choices=("ndvi", "height", "species", "state", "intervals"))  # also predicted in training

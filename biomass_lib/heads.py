@@ -137,7 +137,7 @@ class TokenPool(nn.Module):
         return torch.cat([tokens_XND.amax(dim=-2), mean], dim=-1) if self.pool == "max_mean" else mean
 
 # %% ../notebooks/21_heads.ipynb #91853d9a
-FUSIONS = ("concat", "mean", "cross")
+FUSIONS = ("mean", "concat", "cross")
 
 
 class Fusion(nn.Module):
@@ -146,7 +146,7 @@ class Fusion(nn.Module):
     def __init__(
         self,
         width: int,  # of each vector
-        fuse: str,  # concat, mean or cross
+        fuse: str,  # mean, concat or cross
         token_width: int = 0,  # of the maps that cross looks at
     ):
         super().__init__()

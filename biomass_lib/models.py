@@ -126,7 +126,7 @@ class TwoStream(MassModel):
         self,
         backbone: nn.Module,  # from create_backbone; without its head when pool is not timm
         pool: str = "timm",  # timm, or as for TokenPool
-        fuse: str = "concat",  # as for Fusion
+        fuse: str = "mean",  # as for Fusion
         aux: dict[str, list] | None = None,  # as for AuxHeads
         condition: bool = False,  # as for AuxHeads
         **heads: Any,  # as for MassHeads
@@ -184,7 +184,7 @@ class Tiled(MassModel):
         backbone: nn.Module,  # from create_backbone
         grid: int = 2,  # tiles along each side of a half
         film: str = "cross",  # as for TilePool
-        fuse: str = "concat",  # concat or mean
+        fuse: str = "mean",  # mean or concat
         aux: dict[str, list] | None = None,  # as for AuxHeads
         condition: bool = False,  # as for AuxHeads
         **heads: Any,  # as for MassHeads
@@ -192,7 +192,7 @@ class Tiled(MassModel):
         super().__init__(backbone)
         if fuse not in ("concat", "mean"):
             raise ValueError(
-                f"fuse = {fuse!r}: dinov2_tiled takes concat or mean; "
+                f"fuse = {fuse!r}: dinov2_tiled takes mean or concat; "
                 "cross looks at maps of tokens and belongs to two_stream"
             )
         self.grid = grid
@@ -258,8 +258,8 @@ class Dense(MassModel):
 # %% ../notebooks/22_models.ipynb #c14fa40e
 CLASSES = {"two_stream": TwoStream, "dinov2_tiled": Tiled, "dense": Dense}
 _OWN_OPTIONS = {
-    "two_stream": {"pool": "timm", "fuse": "concat", "condition": False},
-    "dinov2_tiled": {"grid": 2, "film": "cross", "fuse": "concat", "condition": False},
+    "two_stream": {"pool": "timm", "fuse": "mean", "condition": False},
+    "dinov2_tiled": {"grid": 2, "film": "cross", "fuse": "mean", "condition": False},
     "dense": {},
 }
 

@@ -16,8 +16,8 @@ GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-4
 LOGGED = ("train/loss", "val/loss", "val/score")
 KINDS = {
-    "two_stream": {"backbone": "test_resnet"},
-    "dinov2_tiled": {"backbone": "test_vit", "aux": "height"},
+    "two_stream": {"backbone": "test_resnet", "fuse": "concat"},
+    "dinov2_tiled": {"backbone": "test_vit", "aux": "height", "fuse": "concat"},
     "dense": {"backbone": "test_vit", "targets": "components", "loss_over": "all"},
 }
 # code paths of processors that know less than this one
