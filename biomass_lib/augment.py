@@ -19,7 +19,15 @@ import albumentations as A
 from .artefacts import draw_date_stamp, draw_flash_dots
 
 # %% ../notebooks/15_augment.ipynb #d46b83c5
-_AUGMENT_PARTS = ("oddities", "crop", "reference", "blur", "scale", "swap")  # in the order in which they are applied
+_AUGMENT_PARTS = (
+    "oddities",
+    "crop",
+    "turns",
+    "reference",
+    "blur",
+    "scale",
+    "swap",
+)  # in the order in which they are applied
 
 
 def _augment_parts(
@@ -27,8 +35,10 @@ def _augment_parts(
 ) -> tuple[str, ...]:  # the parts, in the order of _AUGMENT_PARTS
     "List the parts that a name asks for. Raises ValueError for an unknown part and for one that is named twice."
     if name in ("none", "strong"):
-        return _AUGMENT_PARTS if name == "strong" else ()
+        return tuple(part for part in _AUGMENT_PARTS if part != "turns") if name == "strong" else ()
     parts = name.split("+")
+    if {"turns", "reference"} <= set(parts):
+        raise ValueError(f"parameter augment = {name!r}: reference turns already; leave turns out")
     if len(set(parts)) < len(parts) or not set(parts) <= set(_AUGMENT_PARTS):
         raise ValueError(
             f"parameter augment = {name!r} must be 'none', 'strong', or some of these parts, each once and joined by "
@@ -90,15 +100,16 @@ def _part_steps(
     part: str,  # one of _AUGMENT_PARTS
 ) -> list[A.BasicTransform]:  # for one half; none for swap, which concerns the photograph
     "List the steps of one part. Raises KeyError for an unknown part."
+    turns = [
+        A.HorizontalFlip(p=0.5),
+        A.VerticalFlip(p=0.5),
+        A.RandomRotate90(p=1.0),
+    ]  # 0 to 3 quarter turns, each as likely
     return {
         "oddities": [_DrawArtefacts()],
         "crop": [A.CropAndPad(percent=(-0.08, 0.0), keep_size=True, p=0.8)],  # of each side, independently
-        "reference": [
-            A.HorizontalFlip(p=0.5),
-            A.VerticalFlip(p=0.5),
-            A.RandomRotate90(p=1.0),  # 0, 1, 2 or 3 quarter turns, each as likely
-            A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8),
-        ],
+        "turns": turns,
+        "reference": [*turns, A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8)],
         "blur": [
             A.OneOf(
                 [A.GaussianBlur(sigma_limit=(0.3, 1.2)), A.MotionBlur(blur_limit=(3, 5), allow_shifted=False)], p=0.3
