@@ -153,6 +153,7 @@ class Config:
     wandb_project: str = "csiro-biomass"  # its project
     wandb_entity: str = ""  # user or team that the project belongs to; empty: your default
     wandb_name: str = ""  # name of the run; empty: experiment and fold
+    wandb_weights: bool = False  # upload the weights of each cell as an artifact
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -304,7 +305,7 @@ def _check_config(
 
 # %% ../notebooks/05_config.ipynb #e38b0d2f
 MACHINE_PARAMETERS = ("data_dir", "runs_dir", "fold", "workers", "cache_dir", "cache_gb", "checkpoint_steps")
-MACHINE_PARAMETERS += ("wandb", "wandb_project", "wandb_entity", "wandb_name")
+MACHINE_PARAMETERS += ("wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_weights")
 CELL_PARAMETERS = ("fold", "seed")  # tell the trainings of a run apart, so params.yaml holds neither
 
 # %% ../notebooks/05_config.ipynb #faf7ec54

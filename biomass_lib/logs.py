@@ -8,6 +8,7 @@ __all__ = ['StepClock', 'MemoryWatch', 'open_wandb', 'RunLog', 'plot_history']
 # %% ../notebooks/34_logs.ipynb #0c4c0b29
 import netrc
 import os
+import re
 import sys
 import threading
 import time
@@ -232,14 +233,19 @@ class _Wandb:
             self.run = None
 
     def finish(self, summary: dict[str, Any], oof: pd.DataFrame | None) -> None:
-        "Send summary and table, and close."
+        "Send summary, table and, if they are wanted, weights, and close."
         if self.run is None:
             return
         with self.guarded():
-            if oof is not None:
-                import wandb
+            import wandb
 
+            if oof is not None:
                 self.run.log({"out_of_fold": wandb.Table(dataframe=oof)})
+            if self.config.wandb_weights:
+                name = re.sub(r"[^\w.-]+", "-", _wandb_names(self.config)["name"])
+                weights = wandb.Artifact(name, type="model", metadata=summary)
+                weights.add_file(str(self.out_dir / "weights.safetensors"))
+                self.run.log_artifact(weights)
             for name, value in summary.items():
                 self.run.summary[name] = value
             self.run.finish()

@@ -179,6 +179,18 @@ def test_a_log_that_fails_at_the_end_ends_nothing(settings, tmp_path, monkeypatc
     assert "Weights & Biases has failed" in capsys.readouterr().out
 
 
+def test_weights_go_up_as_an_artifact_when_they_are_wanted(settings, tmp_path, monkeypatch, capsys):
+    "The real client, offline: what it would send lies in a file."
+    pytest.importorskip("wandb", reason="Weights & Biases is an extra: pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for wanted in (False, True):
+        changes = {"experiment": f"sends_{wanted}", "wandb": True, "wandb_weights": wanted, "stage2_epochs": 0}
+        folder = train.train_fold(dataclasses.replace(settings, runs_dir=str(tmp_path), **changes))
+        (record,) = folder.glob("wandb/offline-run-*/*.wandb")
+        assert (b"weights.safetensors" in record.read_bytes()) == wanted
+    assert "Weights & Biases" not in capsys.readouterr().out
+
+
 def test_what_is_kept_is_what_is_named(settings, tmp_path, monkeypatch, capsys):
     "Where the last epochs are averaged, an earlier epoch with a better score is not kept."
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
