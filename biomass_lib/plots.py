@@ -80,7 +80,7 @@ def plot_scatter(
     for column, (axis, name) in enumerate(zip(axes.flat, TARGETS, strict=False)):
         ends_2N = None if low_N5 is None else np.stack([low_N5[:, column], high_N5[:, column]])
         _scatter_panel(axis, oof, name, by, ends_2N)
-        axis.set_title(f"{LABELS[name]}, R² = {r2[name]:.2f}", fontsize=10)
+        axis.set_title(f"{LABELS[name]}, R² = {r2[name]:.2f}".replace("-", "\N{MINUS SIGN}"), fontsize=10)
     axes.flat[-1].axis("off")
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), title=by, frameon=False, loc="center left")
     return figure
@@ -91,21 +91,23 @@ def plot_baselines(
 ) -> Figure:
     "Plot scores with their intervals, one line a prediction."
     figure, axis = plt.subplots(figsize=(7.2, 0.6 + 0.3 * len(table)), layout="constrained")
+    left = max(-0.5, table[["low", "score"]].min().min() - 0.03)
     for row, (name, line) in enumerate(table.iterrows()):
         colour, marker = (
             (OKABE_ITO[0], "o") if name.startswith("model") else ("0.45", "D" if name == "ceiling" else "s")
         )
         axis.hlines(row, line["low"], line["high"], color=colour, linewidth=2.2)
+        if line["low"] < left:  # goes on beyond the edge
+            axis.plot(left, row, marker="<", color=colour, markersize=7, clip_on=False)
         axis.plot(line["score"], row, marker=marker, color=colour, markersize=6)
     axis.set(
         yticks=range(len(table)),
         yticklabels=[figure_text(name) for name in table.index],
         xlabel="score, with its interval",
     )
-    axis.set_xlim(max(-0.5, table[["low", "score"]].min().min() - 0.03), 1)
+    axis.set(xlim=(left, 1), ylim=(len(table) - 0.5, -0.5))
     axis.grid(axis="x", color="0.9", zorder=0)
     axis.set_axisbelow(True)
-    axis.invert_yaxis()
     tidy(axis)
     return figure
 
@@ -154,7 +156,7 @@ def _plot_group_errors(
     texts = [f"{figure_text(name, 22)} ({(oof[by] == name).sum()})" for name in names]
     axis.set(yticks=range(len(names)), ylim=(len(names) - 0.4, -0.6))
     axis.set_yticklabels(texts, fontsize=7 if len(names) > 12 else 8)
-    axis.set_title(by.replace("_", " "), fontsize=10, loc="left")
+    axis.set_title(by.replace("_", " ").capitalize(), fontsize=10, loc="left")
     axis.axvline(0, color="0.6", linewidth=1, zorder=0)
     tidy(axis)
 

@@ -215,11 +215,12 @@ _DELTA = ["ahead", "ahead_low", "ahead_high"]  # difference to the ridge and its
 def headline(
     judged: Judged,
 ) -> str:  # plain text
-    "Write the number to quote, with its interval and its difference to the best ridge, in one line."
+    "Write the number to quote, its interval, the photographs and the difference to the best ridge in one line."
     model, ridge = judged.table.loc["model"], judged.ridge
     text = f"{one_line(judged.config.experiment)}: {model['score']:.2f}"
     if np.isfinite(model["low"]):
         text += f" (95 % {model['low']:.2f} to {model['high']:.2f})"
+    text += f" on {len(judged.oof)} photographs"
     if ridge:
         text += f", {abs(model['ahead']):.2f} {'above' if model['ahead'] > 0 else 'below'} the {ridge}"
     return text + " (best epochs, chosen on the same photographs)" * (judged.epoch == "best")
@@ -249,9 +250,9 @@ def _describe_best(judged: Judged) -> str:
     if judged.best is None:
         return ""
     best, last = judged.table.loc[_BEST, "score"], judged.table.loc["model", "score"]
-    saved = ", whose weights were saved," if judged.kept_best else ""
+    saved = " and saved" if judged.kept_best else ""
     return (
-        f"Footnote: each fold's best epoch, chosen on its held-out photographs{saved} scores {best:.3f}; "
+        f"Footnote: each fold's best epoch, chosen on its held-out photographs{saved}, scores {best:.3f}; "
         f"{best - last:+.3f} come from the choice alone. "
     )
 

@@ -123,7 +123,7 @@ def test_numbers_are_those_of_the_predictions(home: Path):
         table.loc["model, best epoch", "score"] - table.loc["model", "score"]
     )
     score, low, high = table.loc["model", ["score", "low", "high"]]
-    assert report["headline"].startswith(f"tiny: {score:.2f} (95 % {low:.2f} to {high:.2f}), ")
+    assert report["headline"].startswith(f"tiny: {score:.2f} (95 % {low:.2f} to {high:.2f}) on 24 photographs, ")
     assert report["headline"].endswith("ridge")
 
 
