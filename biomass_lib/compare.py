@@ -774,7 +774,8 @@ def _run_row(
             row["score"] = weighted_r2(*masses_of(oof))
             row["hours"] = sum(facts.get("seconds", np.nan) for _, facts in done.values()) / 3600
     except (ValueError, OSError) as error:
-        row["state"] = f"{row['state']} damaged: {one_line(error, 60)}".strip()
+        words = one_line(str(error).replace(f"{run_dir}/", ""), 80)
+        row["state"] = f"{row['state']} damaged: {words}".strip()
     return row
 
 # %% ../notebooks/62_compare.ipynb #c950312e

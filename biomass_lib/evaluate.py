@@ -132,7 +132,7 @@ def read_oof(
     seeds: Collection[int] | None = None,  # None: all there are
     cells: dict[Cell, Path] | None = None,  # those to read, with their folders; None: all that are finished
 ) -> pd.DataFrame:  # one row a photograph of the finished folds, sorted by image_id; predictions are means over seeds
-    """Read the out-of-fold predictions of a run. Warns when some folds have fewer seeds than others.
+    """Read the out-of-fold predictions of a run. Warns when some folds have fewer seeds than others, unless you chose.
 
     Raises FileNotFoundError without a finished fold, ValueError for photographs doubled, lost or in a wrong fold."""
     run_dir = Path(run_dir)
@@ -142,7 +142,7 @@ def read_oof(
     folds = {fold: [cell for cell in tables if cell.fold == fold] for fold in sorted({cell.fold for cell in tables})}
     lacking = [Cell(fold, seed) for fold in folds for seed in sorted({cell.seed for cell in tables})]
     lacking = [str(cell) for cell in lacking if cell not in tables]
-    if lacking:
+    if lacking and cells is None:
         warnings.warn(f"{run_dir}: not done: {', '.join(lacking)}; means are over fewer seeds there", stacklevel=2)
     pooled = [_mean_over_seeds([tables[cell] for cell in cells]) for cells in folds.values()]
     oof = pd.concat(pooled).sort_values("image_id").reset_index(drop=True)
