@@ -407,7 +407,8 @@ def main_effects(
         )
         rest = rest.astype(str)
         reference = varied.loc[compared.base, parameter]
-        for value in dict.fromkeys(varied[parameter]):
+        numbers = pd.to_numeric(varied[parameter], errors="coerce")  # in their order; text as it comes
+        for value in dict.fromkeys(varied.loc[numbers.sort_values(kind="stable").index, parameter]):
             contrast_M, pairs = np.zeros(len(names)), 0
             for _, others in varied.groupby(rest):
                 with_value, without = (others.index[others[parameter] == level] for level in (value, reference))

@@ -252,7 +252,7 @@ def coverage(kind: str, source: str, times: int, draws: int) -> tuple[float, flo
     held = np.mean([gain.low <= 0 <= gain.high for gain in gains])
     naive, corrected = (float(np.mean([getattr(gain, name) for gain in gains])) for name in ("naive", "gain"))
     print(
-        f"{source}, {kind}: {times} times 24 equal settings, covers 0 in {held:.1%}, naive {naive:+.4f}, {corrected=:+.4f}"
+        f"{source}, {kind}: {times} x 24 equal settings, covers 0 in {held:.1%}, naive {naive:+.4f}, {corrected=:+.4f}"
     )
     return float(held), naive, corrected
 
