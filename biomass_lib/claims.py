@@ -61,14 +61,21 @@ def _plain_seed(run_dir: Path) -> int:
     return read_yaml(path).get("seed", 0) if path.is_file() else 0
 
 
+def _folder_name(
+    cell: Cell,
+    plain: int,  # the seed that is not named
+) -> str:
+    "Name the folder of a cell within its run."
+    name = "all" if cell.refit else f"fold{cell.fold}"
+    return name if cell.seed == plain else f"{name}_seed{cell.seed}"
+
+
 def cell_folder(
     run_dir: str | Path,  # runs/<experiment>
     cell: Cell,
 ) -> Path:
     "Return the folder of a cell, whether or not it exists."
-    name = "all" if cell.refit else f"fold{cell.fold}"
-    plain = cell.seed == _plain_seed(Path(run_dir))
-    return Path(run_dir) / (name if plain else f"{name}_seed{cell.seed}")
+    return Path(run_dir) / _folder_name(cell, _plain_seed(Path(run_dir)))
 
 # %% ../notebooks/33_claims.ipynb #c89a2fc4
 def find_cells(
@@ -82,7 +89,7 @@ def find_cells(
         if match and folder.is_dir():
             fold, seed = match.groups()
             cell = Cell(ALL if fold is None else int(fold), plain if seed is None else int(seed))
-            if cell_folder(run_dir, cell) == folder:  # fold01 is nobody's
+            if _folder_name(cell, plain) == folder.name:  # fold01 is nobody's
                 found[cell] = folder
     return {cell: found[cell] for cell in sorted(found)}
 

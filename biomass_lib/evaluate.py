@@ -79,11 +79,13 @@ def _cell_tables(
     run_dir: Path,
     which: str,  # of _WHICH
     seeds: Collection[int] | None,  # None: all there are
+    cells: dict[Cell, Path] | None,  # of `read_oof`
 ) -> dict[Cell, pd.DataFrame]:  # of finished folds, sorted by image_id
     "Read the tables of the folds. Raises FileNotFoundError for a missing one and ValueError for another `which`."
     if which not in _WHICH:
         raise ValueError(f"parameter which = {which!r} must be one of {', '.join(map(repr, _WHICH))}")
-    folds = {cell: folder for cell, folder in finished_cells(run_dir).items() if not cell.refit}
+    cells = finished_cells(run_dir) if cells is None else cells
+    folds = {cell: folder for cell, folder in cells.items() if not cell.refit}
     folds = {cell: folder for cell, folder in folds.items() if seeds is None or cell.seed in seeds}
     if not folds:
         of = "" if seeds is None else f" of seed {', '.join(map(str, seeds))}"
@@ -128,18 +130,19 @@ def read_oof(
     run_dir: str | Path,  # runs/<experiment>
     which: str = "kept",  # predictions of the saved weights, or of the last or the best epoch
     seeds: Collection[int] | None = None,  # None: all there are
+    cells: dict[Cell, Path] | None = None,  # those to read, with their folders; None: all that are finished
 ) -> pd.DataFrame:  # one row a photograph of the finished folds, sorted by image_id; predictions are means over seeds
-    """Read the out-of-fold predictions of a run. Warns when some folds have fewer seeds than others.
+    """Read the out-of-fold predictions of a run. Warns when some folds have fewer seeds than others, unless you chose.
 
     Raises FileNotFoundError without a finished fold, ValueError for photographs doubled, lost or in a wrong fold."""
     run_dir = Path(run_dir)
-    tables, planned = _cell_tables(run_dir, which, seeds), _planned_folds(run_dir)
+    tables, planned = _cell_tables(run_dir, which, seeds, cells), _planned_folds(run_dir)
     for cell, table in tables.items():
         _check_cell(f"{run_dir}, {cell}", table, planned.index[planned == cell.fold].tolist())
     folds = {fold: [cell for cell in tables if cell.fold == fold] for fold in sorted({cell.fold for cell in tables})}
     lacking = [Cell(fold, seed) for fold in folds for seed in sorted({cell.seed for cell in tables})]
     lacking = [str(cell) for cell in lacking if cell not in tables]
-    if lacking:
+    if lacking and cells is None:
         warnings.warn(f"{run_dir}: not done: {', '.join(lacking)}; means are over fewer seeds there", stacklevel=2)
     pooled = [_mean_over_seeds([tables[cell] for cell in cells]) for cells in folds.values()]
     oof = pd.concat(pooled).sort_values("image_id").reset_index(drop=True)
