@@ -122,7 +122,7 @@ def _hash_params(
     return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:10]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     "Hold the parameters of one setting of a sweep; its run folder is named after them."
 
@@ -133,8 +133,11 @@ class Setting:
     def run_dir(self) -> Path:
         return Path(self.config.runs_dir) / self.config.experiment
 
+    def __eq__(self, other: "Setting") -> bool:
+        return self.run_dir == other.run_dir
+
     def __hash__(self) -> int:
-        return hash(self.config.experiment)
+        return hash(self.run_dir)
 
     def __str__(self) -> str:  # dropout=0.2 stage2_lr=1e-05
         shown = {name: value if value or value == 0 else "none" for name, value in self.changes.items()}
@@ -177,6 +180,13 @@ class Sweep:
         where = {"runs_dir": str(self.root), "experiment": setting.config.experiment}
         return Job(setting.run_dir, cell, self.params_yaml, self.overrides | setting.changes | where, str(setting))
 
+# %% ../notebooks/61_sweep.ipynb #8b17edd6
+def _check_corners(sweep: Sweep) -> None:
+    "Try the ends of each range and each value alone. Raises ValueError for one that its parameter does not allow."
+    for name, values in sweep.space.items():
+        for value in [values.low, values.high] if isinstance(values, _Range) else values:
+            sweep.setting({name: value})
+
 # %% ../notebooks/61_sweep.ipynb #e41e693d
 def _grid(
     space: dict[str, list],
@@ -205,14 +215,26 @@ def plan_sweep(
         raise ValueError("nothing is varied: name values with -s NAME=VALUE,VALUE, or train with biomass_folds")
     base, cells = plan_run(params_yaml, overrides, folds, seeds)
     sweep = Sweep(params_yaml, overrides, space, base, cells)
-    if tpe:  # the corners, so that a range that a parameter does not allow is refused now
-        corners = {name: [v.low, v.high] if isinstance(v, _Range) else v for name, v in space.items()}
-        for name, values in corners.items():
-            for value in values:
-                sweep.setting({name: value})
+    if tpe:
+        _check_corners(sweep)
         return sweep
     sweep.settings = [sweep.setting(changes) for changes in _grid(space)]
+    twice = next((setting for setting in sweep.settings if sweep.settings.count(setting) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is the same setting as another: two of its values mean the same")
     return sweep
+
+# %% ../notebooks/61_sweep.ipynb #8053cd57
+def _open_setting(
+    setting: Setting,
+) -> None:
+    "Make or join a setting's run folder. Raises ValueError when it was begun with other parameters."
+    path = setting.run_dir / "params.yaml"
+    if path.is_file() and _hash_params(run_config(setting.run_dir)) != setting.config.experiment:
+        from biomass_lib.train import open_run  # which brings torch, and knows how to say what differs
+
+        open_run(setting.config)
+    setting.run_dir.mkdir(parents=True, exist_ok=True)
 
 # %% ../notebooks/61_sweep.ipynb #50b8f9dc
 def _done_cells(
@@ -831,9 +853,7 @@ class _TpeWatcher(_SweepWatcher):
 
     def _plan(self, setting: Setting) -> list[Job]:
         "List the cells of a setting that are not planned yet, and put the setting into the index."
-        from biomass_lib.train import open_run
-
-        open_run(setting.config)
+        _open_setting(setting)
         self.sweep.settings = list(dict.fromkeys([*self.sweep.settings, setting]))
         jobs = [job for job in self.sweep.jobs([setting]) if job.folder not in self.queued]
         left = [job for job in jobs if not (job.folder / "done.json").is_file()]
@@ -865,10 +885,8 @@ def run_sweep(
     """Train what a sweep lacks, and keep its index.
 
     Raises ValueError or FileNotFoundError before any work, RuntimeError when the storage stays away."""
-    from biomass_lib.train import open_run
-
     for setting in sweep.settings:
-        open_run(setting.config)
+        _open_setting(setting)
     _write_plan(sweep, n_trials)
     watcher = _TpeWatcher(sweep, n_trials, storage) if n_trials else _SweepWatcher(sweep)
     _write_index(sweep)
