@@ -113,12 +113,14 @@ def _can_reach_wandb() -> bool:  # never looks at the key itself
 def _wandb_names(
     config: Config,
 ) -> dict[str, str]:  # group, name
-    "Name a run and its group: `wandb_name` or the fold, and the experiment. The server takes 128 characters of each."
-    experiment = one_line(config.experiment, longest=100)
+    "Name a run and its group: `wandb_name` or the fold, and the experiment or sweep. The server takes 128 characters."
+    experiment, group = one_line(config.experiment, longest=100), ""
+    if (Path(config.runs_dir) / "sweep.json").is_file():  # the experiment is a setting of a sweep
+        group = one_line(Path(config.runs_dir).name, longest=100)
     name = one_line(config.wandb_name, longest=100) or f"{experiment} {Cell.of(config)}"
-    return {"group": experiment, "name": name}
+    return {"group": group or experiment, "name": name}
 
-
+# %% ../notebooks/34_logs.ipynb #c1ac07eb
 def open_wandb(
     out_dir: Path,  # its files go into out_dir/wandb
     config: Config,
@@ -201,6 +203,21 @@ class _Screen:
         if self.bar is not None:
             self.bar.close()
 
+# %% ../notebooks/34_logs.ipynb #c8bf6929
+def _send_weights(
+    run: Any,  # of Weights & Biases
+    config: Config,
+    out_dir: Path,  # of the cell
+    summary: dict[str, Any],  # goes with them
+) -> None:
+    "Send the weights of a cell as an artifact."
+    import wandb
+
+    name = re.sub(r"[^\w.-]+", "-", _wandb_names(config)["name"])
+    weights = wandb.Artifact(name, type="model", metadata=summary)
+    weights.add_file(str(out_dir / "weights.safetensors"))
+    run.log_artifact(weights)
+
 # %% ../notebooks/34_logs.ipynb #ce5dccf0
 class _Wandb:
     "Talk to Weights & Biases, if that is wanted, for as long as it works."
@@ -242,10 +259,7 @@ class _Wandb:
             if oof is not None:
                 self.run.log({"out_of_fold": wandb.Table(dataframe=oof)})
             if self.config.wandb_weights:
-                name = re.sub(r"[^\w.-]+", "-", _wandb_names(self.config)["name"])
-                weights = wandb.Artifact(name, type="model", metadata=summary)
-                weights.add_file(str(self.out_dir / "weights.safetensors"))
-                self.run.log_artifact(weights)
+                _send_weights(self.run, self.config, self.out_dir, summary)
             for name, value in summary.items():
                 self.run.summary[name] = value
             self.run.finish()
