@@ -115,11 +115,12 @@ def _parse_space(
 # %% ../notebooks/62_sweep.ipynb #293e57e7
 def _hash_params(
     config: Config,
-) -> str:  # ten hexadecimal digits
+) -> str:  # ten hexadecimal digits, a letter first
     "Hash the parameters that make a training."
     free = {*MACHINE_PARAMETERS, *CELL_PARAMETERS, "experiment"}
     params = {name: value for name, value in config.to_dict().items() if name not in free}
-    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:10]
+    digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
+    return "abcdef"[int(digest[0], 16) % 6] + digest[1:10]  # a letter first, so that nobody reads it as a number
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,7 +279,7 @@ def _settings_on_disk(
     "Find the settings in the sweep's folder."
     found = []
     for path in sorted(sweep.root.glob("*/params.yaml")):
-        if re.fullmatch("[0-9a-f]{10}", path.parent.name):
+        if re.fullmatch("[a-f][0-9a-f]{9}", path.parent.name):
             where = {"runs_dir": str(sweep.root), "experiment": path.parent.name}
             config = run_config(path.parent, **where)
             found.append(Setting(config, {name: config.to_dict()[name] for name in sweep.space}))
