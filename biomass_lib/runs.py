@@ -31,6 +31,7 @@ from .command import command, fold_name, user_path
 from .config import ALL, Config, config_from_yaml, parse_value
 from .files import read_json
 from .supervise import start_supervised
+from .warm import WarmServer
 
 # %% ../notebooks/60_runs.ipynb #57214bd2
 def find_notebook(
@@ -135,19 +136,28 @@ def job_line(
     return f"mkdir -p {shlex.quote(str(job.folder))} && {shlex.join(words)}"
 
 # %% ../notebooks/60_runs.ipynb #574d7f37
+def _thread_environment(
+    threads: int | None,  # for torch and its kind; None: they take what they find
+) -> dict[str, str]:
+    "Copy the environment, with a number of threads where none is set."
+    return ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | dict(os.environ)
+
+
 def _start_job(
     job: Job,
     notebook: Path,
-    threads: int | None = None,  # for torch and its kind; None: they take what they find
+    threads: int | None = None,  # as in _thread_environment
+    warm: WarmServer | None = None,  # where it forks; None: a process of its own
     **environment: str,  # variables for this training
-) -> subprocess.Popen:
+) -> subprocess.Popen:  # or what looks like one
     "Start papermill for one training, with a log in its folder; it and its kernel end when this process does."
     job.folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ) | environment
-    if threads:
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-    with (job.folder / "papermill.log").open("wb") as log:
-        command = _papermill_command(notebook, job.folder / "train_fold.ipynb", *_job_options(job))
+    log_path = job.folder / "papermill.log"
+    command = _papermill_command(notebook, job.folder / "train_fold.ipynb", *_job_options(job))
+    if warm is not None:
+        return warm.start(command[3:], log_path, **environment)
+    with log_path.open("wb") as log:
+        environment = _thread_environment(threads) | environment
         return start_supervised(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 # %% ../notebooks/60_runs.ipynb #da1f65fb
@@ -266,6 +276,8 @@ class _Work:
     waiting: list[Job]
     watcher: Watcher
     slots: list[str] = field(default_factory=list)  # free ones, of `_job_slots`
+    threads: int | None = None  # of each training; None: they take what they find
+    warm: WarmServer | None = None  # where trainings fork
     running: dict[Job, tuple[subprocess.Popen, Lease, str]] = field(default_factory=dict)  # process, lease, slot
     failed: list[Job] = field(default_factory=list)
     next_look: dict[Job, float] = field(default_factory=dict)  # those that somebody holds -> time.monotonic()
@@ -334,6 +346,8 @@ def _stop(work: _Work) -> None:
     _stop_all(child for child, *_ in work.running.values())
     for _, lease, _ in work.running.values():
         lease.release()
+    if work.warm is not None:
+        work.warm.close()
 
 # %% ../notebooks/60_runs.ipynb #811c1a15
 def _fill_slots(
@@ -342,7 +356,6 @@ def _fill_slots(
     count: int,  # of all slots, which share cores and memory
 ) -> None:
     "Start trainings while there are slots for them."
-    threads = max(1, (os.cpu_count() or 1) // count) if count > 1 else None
     while work.slots:
         claimed = _claim_next(work)
         if claimed is None:
@@ -354,7 +367,7 @@ def _fill_slots(
         job, lease = claimed
         slot = work.slots.pop(0)
         variables = {HANDED: lease.id, "BIOMASS_JOBS": str(count)} | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
-        work.running[job] = _start_job(job, notebook, threads, **variables), lease, slot
+        work.running[job] = _start_job(job, notebook, work.threads, work.warm, **variables), lease, slot
 
 # %% ../notebooks/60_runs.ipynb #36286964
 def run_jobs(
@@ -363,6 +376,7 @@ def run_jobs(
     notebook: str | Path = "train_fold.ipynb",  # name in notebooks/, or a path
     per_device: int = 1,  # trainings that share a GPU
     watcher: Watcher | None = None,  # None: a line a training
+    warm: bool = False,  # trainings fork from a process that has imported everything
 ) -> list[Job]:  # those that failed
     """Train what is not done yet, each by papermill in its own process; others may be at work on the same.
 
@@ -376,6 +390,8 @@ def run_jobs(
         return []
     work.slots = job_slots(jobs, per_device)
     count = len(work.slots)
+    work.threads = max(1, (os.cpu_count() or 1) // count) if count > 1 else None
+    work.warm = WarmServer(_thread_environment(work.threads)) if warm else None
     try:
         while True:
             _fill_slots(work, source, count)
@@ -398,6 +414,7 @@ def run_folds(
     notebook: str | Path = "train_fold.ipynb",  # name in notebooks/, or a path
     seeds: Iterable[int] | None = None,  # each fold is trained once with each; None: the seed of the parameters
     per_device: int = 1,  # trainings that share a GPU
+    warm: bool = False,  # as in run_jobs
 ) -> list[Cell]:  # those that failed
     """Train the folds of an experiment that are not done yet, each by papermill in its own process.
 
@@ -410,7 +427,7 @@ def run_folds(
 
     run_dir = open_run(config)
     queue = [Job(run_dir, cell, params_yaml, overrides or {}) for cell in wanted]
-    return [job.cell for job in run_jobs(queue, jobs, notebook, per_device)]
+    return [job.cell for job in run_jobs(queue, jobs, notebook, per_device, warm=warm)]
 
 # %% ../notebooks/60_runs.ipynb #6f60a7b6
 def _folds_parser() -> argparse.ArgumentParser:
@@ -423,6 +440,8 @@ def _folds_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="train each fold once with each (default: parameter seed)")
     parser.add_argument("--jobs", default="1", help="trainings at a time (default 1); auto: one a GPU")
     parser.add_argument("--per-device", type=int, default=1, help="trainings that share a GPU, with --jobs auto")
+    warm = "import once and fork for each training: saves seconds a training, worth it for many small ones"
+    parser.add_argument("--warm", action="store_true", help=warm)
     parser.add_argument("--notebook", type=user_path, default="train_fold.ipynb", help="the notebook of one fold")
     parser.add_argument(
         "-p",
@@ -445,7 +464,7 @@ def folds_main(
     if "fold" in overrides:
         raise ValueError("parameter fold is set for each fold; choose with --folds")
     words = (options.params, options.folds, options.jobs, overrides, options.notebook, options.seeds)
-    failed = run_folds(*words, per_device=options.per_device)
+    failed = run_folds(*words, options.per_device, options.warm)
     if failed:
         raise SystemExit(f"failed: {', '.join(map(str, failed))}; the same command tries them again")
 

@@ -882,6 +882,7 @@ def run_sweep(
     notebook: str | Path = "train_fold.ipynb",  # name in notebooks/, or a path
     n_trials: int = 0,  # settings that TPE asks for, all in all; 0: a grid
     storage: str = "",  # of Optuna's study; empty: a journal in the sweep's folder
+    warm: bool = False,  # cells fork from a process that has imported everything
 ) -> list[Job]:  # those that failed
     """Train what a sweep lacks, and keep its index.
 
@@ -891,7 +892,8 @@ def run_sweep(
     _write_plan(sweep, n_trials)
     watcher = _TpeWatcher(sweep, n_trials, storage) if n_trials else _SweepWatcher(sweep)
     _write_index(sweep)
-    failed = run_jobs(sweep.jobs(sweep.settings) if not n_trials else [], jobs, notebook, per_device, watcher)
+    queue = sweep.jobs(sweep.settings) if not n_trials else []
+    failed = run_jobs(queue, jobs, notebook, per_device, watcher, warm)
     _write_index(sweep)
     watcher.line(_best_line(sweep.settings, sweep.cells, watcher.known) or "no cell is done")
     watcher.line(f"{watcher.progress.count()}; all settings: {sweep.root / 'sweep.csv'}")
@@ -913,6 +915,7 @@ def _sweep_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the plan, and a command for each cell; train nothing")
     add("--tpe", type=int, metavar="N", help="let Optuna's TPE choose N settings in all, instead of a grid")
     add("--storage", default="", metavar="URL", help="a database for Optuna, postgresql+psycopg://USER@HOST/NAME")
+    add("--warm", action="store_true", help="import once and fork for each cell: worth it for many small ones")
     add("--notebook", type=user_path, default="train_fold.ipynb", help="the notebook of one cell")
     more = "a parameter that wins over the file's, in all settings"
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=more)
@@ -948,7 +951,8 @@ def sweep_main(
     if options.dry_run:
         print("\n".join(_describe_plan(sweep, slots, options.tpe or 0, options.notebook)))
         return
-    failed = run_sweep(sweep, options.jobs, options.per_device, options.notebook, options.tpe or 0, options.storage)
+    where = (options.jobs, options.per_device, options.notebook)
+    failed = run_sweep(sweep, *where, options.tpe or 0, options.storage, options.warm)
     if failed:
         named = ", ".join(map(str, failed[:10])) + f" and {len(failed) - 10} more" * (len(failed) > 10)
         raise SystemExit(f"failed: {named}; the same command tries them again")
