@@ -113,6 +113,14 @@ def _done_cells(
         found[cell] = _Done(folder, facts)
     return found
 
+
+def _compared_cells(
+    folder: Path,  # a run folder
+    named: bool,  # by the person who asks
+) -> dict[Cell, _Done]:
+    "Read as `_done_cells`; a setting that its sweep has given up would cost all others the cells that it lacks."
+    return {} if (folder / "pruned.json").is_file() and not named else _done_cells(folder)
+
 # %% ../notebooks/63_compare.ipynb #7655dd1d
 _FOLDS = ("n_folds", "fold_scheme", "fold_seed", "exclude")
 
@@ -229,7 +237,7 @@ class Comparison:
     labels: dict[str, str]  # run -> its varied parameters, or its name where there are many
     cells: list[Cell]  # those that all runs have
     left_out: dict[str, list[str]]  # run -> its cells that others lack
-    not_begun: list[str]  # run folders without a finished fold
+    not_begun: list[str]  # runs without a finished fold, and those that a sweep has given up
     table: pd.DataFrame  # a row a run: score, low, high, delta, delta_low, delta_high, seed_sd, cells, minutes, ...
     gain: ChosenGain | None  # None: the photographs are of one visit
     parts: list[str]  # what was left out in turn for the gain: folds or visits
@@ -360,9 +368,9 @@ def compare_runs(
     Raises FileNotFoundError for a run without a finished fold, ValueError for runs that can't be paired."""
     named = [runs] if isinstance(runs, str | Path) else list(runs)
     found = _expand_runs(named)
-    done = {name: _done_cells(folder) for name, folder in found.items()}
-    not_begun = [name for name, cells in done.items() if not cells]
     typed = {Path(run).resolve() for run in named}
+    done = {name: _compared_cells(folder, folder.resolve() in typed) for name, folder in found.items()}
+    not_begun = [name for name, cells in done.items() if not cells]
     if empty := [name for name in not_begun if found[name].resolve() in typed]:
         raise FileNotFoundError(f"{join_names(empty)}: no finished fold (fold*/done.json): train with biomass_folds")
     found = {name: folder for name, folder in found.items() if name not in not_begun}
@@ -441,7 +449,7 @@ def _describe_left_out(compared: Comparison) -> list[str]:
     ]
     if compared.not_begun:
         names = ", ".join(map(markdown_text, compared.not_begun))
-        lines.append(f"No fold is finished yet in {names}.")
+        lines.append(f"Not compared, since given up by `--prune` or without a finished fold: {names}.")
     return lines
 
 # %% ../notebooks/63_compare.ipynb #8b31bca0

@@ -205,6 +205,10 @@ class Watcher:
         "Plan more trainings; asked while there is nothing to start and somewhere to start it."
         return []
 
+    def unwanted(self, jobs: list[Job]) -> list[Job]:  # some of those that wait or run
+        "Name trainings that should end, or not begin."
+        return []
+
 # %% ../notebooks/60_runs.ipynb #b6ff543c
 def _visible_devices() -> list[str]:  # for CUDA_VISIBLE_DEVICES; empty without a GPU
     "List the GPUs that this process may use."
@@ -341,6 +345,18 @@ def _collect(work: _Work) -> None:
             work.watcher.ended(job, None, _failure_lines(job, child.returncode))
 
 
+def _drop(work: _Work, unwanted: list[Job]) -> None:
+    "End some trainings, and wait for them no more."
+    for job in unwanted:
+        if job in work.running:
+            child, lease, slot = work.running.pop(job)
+            _stop_all([child])
+            lease.release()
+            work.slots.append(slot)
+        else:
+            work.waiting.remove(job)
+
+
 def _stop(work: _Work) -> None:
     "End what runs, and release the leases."
     _stop_all(child for child, *_ in work.running.values())
@@ -400,6 +416,7 @@ def run_jobs(
             time.sleep(0.2)
             _collect(work)
             _skip_done(work, " (done elsewhere)")
+            _drop(work, work.watcher.unwanted([*work.waiting, *work.running]))
             work.watcher.tick({job: slot for job, (_, _, slot) in work.running.items()}, count)
     finally:
         _stop(work)

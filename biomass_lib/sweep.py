@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import pandas as pd
 
 from .claims import Cell, cell_folder
@@ -28,7 +29,9 @@ from .command import command, user_path
 from .config import CELL_PARAMETERS, MACHINE_PARAMETERS, Config, config_from_yaml, parse_value, run_config
 from .files import read_json, write_csv, write_json
 from .intervals import masses_of, pooled_scores, score_interval, visit_of
+from .prune import PruneRule, find_leader, paired_deficits
 from .runs import Job, Watcher, job_line, job_slots, plan_run, run_jobs
+from .tables import join_names
 from .targets import TARGETS
 
 # %% ../notebooks/62_sweep.ipynb #240a101f
@@ -521,6 +524,72 @@ class _SweepWatcher(Watcher):
                 lines.append(f"  {job}{gpu}, {_duration(now - p.begun[job])}")
             self.screen.draw(lines, now)
 
+# %% ../notebooks/62_sweep.ipynb #866dba69
+_CHECK_SECONDS = 5.0  # between two looks at the curves
+
+
+def _read_curves(
+    setting: Setting,
+    cells: Iterable[Cell],
+) -> dict[Cell, np.ndarray]:  # val/score of each epoch so far, of begun cells
+    "Read how the cells of a setting have gone so far."
+    curves = {}
+    for cell in cells:
+        path = cell_folder(setting.run_dir, cell) / "metrics.csv"
+        if path.is_file():
+            curves[cell] = pd.read_csv(path, usecols=["val/score"])["val/score"].to_numpy()
+    return curves
+
+
+def _find_behind(
+    sweep: Sweep,
+    rule: PruneRule,
+) -> dict[Setting, dict[str, Any]]:  # what pruned.json says of each
+    "Find the settings that are to be given up, as things stand."
+    epochs = sweep.base.stage1_epochs + sweep.base.stage2_epochs
+    curves = {setting: _read_curves(setting, sweep.cells) for setting in sweep.settings}
+    behind = {}
+    for setting, own in curves.items():
+        if len(_done_cells(setting.run_dir, sweep.cells)) == len(sweep.cells):
+            continue
+        leader = find_leader({other: c for other, c in curves.items() if other != setting}, list(own), epochs)
+        deficit_N = paired_deficits(own, curves[leader], epochs) if leader is not None else np.array([])
+        if rule.gives_up(deficit_N):
+            told = {"behind": str(leader), "cells": len(deficit_N), "mean_deficit": round(float(deficit_N.mean()), 4)}
+            behind[setting] = told
+    return behind
+
+# %% ../notebooks/62_sweep.ipynb #219f27ca
+class _PruneWatcher(_SweepWatcher):
+    "Follow a sweep, and give up settings that are behind."
+
+    def __init__(self, sweep: Sweep, rule: PruneRule = PruneRule(), **options: Any):  # noqa: B008
+        super().__init__(sweep, **options)
+        self.rule, self.gone, self.next_check = rule, set(), 0.0
+
+    def unwanted(self, jobs: list[Job]) -> list[Job]:
+        if self.clock() >= self.next_check:
+            self.next_check = self.clock() + _CHECK_SECONDS
+            self._check()
+        ends = [job for job in jobs if job.run_dir in self.gone]
+        self.progress.total -= len(ends)
+        for job in ends:
+            self.progress.begun.pop(job, None)
+        return ends
+
+    def _check(self) -> None:
+        "Give up what is behind, and heed what another driver has given up."
+        for setting, told in _find_behind(self.sweep, self.rule).items():
+            if setting.run_dir not in self.gone:
+                write_json(told, setting.run_dir / "pruned.json")
+        for setting in self.sweep.settings:
+            path = setting.run_dir / "pruned.json"
+            if setting.run_dir not in self.gone and path.is_file():
+                told = read_json(path)
+                self.gone.add(setting.run_dir)
+                where = f"{told['mean_deficit']:.3f} behind {told['behind']} in {told['cells']} cells"
+                self.line(f"{setting}: given up, {where}")
+
 # %% ../notebooks/62_sweep.ipynb #14b0230c
 _PATIENCE, _PAUSE = 600.0, 5.0  # seconds that a storage may be away; between two tries
 
@@ -874,6 +943,22 @@ def _create_study(
     name = _study_name(sweep)
     return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
 
+# %% ../notebooks/62_sweep.ipynb #1780c2e6
+def _check_prune(
+    sweep: Sweep,
+    n_trials: int,  # of TPE
+) -> None:
+    "Raise ValueError for a sweep whose curves can't be compared epoch by epoch."
+    if n_trials:
+        raise ValueError("--prune goes with a grid: TPE wants whole scores, and gives up nothing")
+    lengths = sorted({"stage1_epochs", "stage2_epochs"} & set(sweep.space))
+    if lengths:
+        raise ValueError(
+            f"--prune compares settings at the same epoch, and {join_names(lengths)} varies: leave one out"
+        )
+    if sweep.base.early_stopping_patience:
+        raise ValueError("--prune needs whole curves: set early_stopping_patience = 0")
+
 # %% ../notebooks/62_sweep.ipynb #9a0c437b
 def run_sweep(
     sweep: Sweep,  # of `plan_sweep`
@@ -883,14 +968,20 @@ def run_sweep(
     n_trials: int = 0,  # settings that TPE asks for, all in all; 0: a grid
     storage: str = "",  # of Optuna's study; empty: a journal in the sweep's folder
     warm: bool = False,  # cells fork from a process that has imported everything
+    prune: bool = False,  # give up settings that are behind; not with TPE
 ) -> list[Job]:  # those that failed
     """Train what a sweep lacks, and keep its index.
 
     Raises ValueError or FileNotFoundError before any work, RuntimeError when the storage stays away."""
+    if prune:
+        _check_prune(sweep, n_trials)
     for setting in sweep.settings:
         _open_setting(setting)
+        if not prune:
+            (setting.run_dir / "pruned.json").unlink(missing_ok=True)  # it goes on
     _write_plan(sweep, n_trials)
-    watcher = _TpeWatcher(sweep, n_trials, storage) if n_trials else _SweepWatcher(sweep)
+    watch = _PruneWatcher if prune else _SweepWatcher
+    watcher = _TpeWatcher(sweep, n_trials, storage) if n_trials else watch(sweep)
     _write_index(sweep)
     queue = sweep.jobs(sweep.settings) if not n_trials else []
     failed = run_jobs(queue, jobs, notebook, per_device, watcher, warm)
@@ -915,6 +1006,7 @@ def _sweep_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the plan, and a command for each cell; train nothing")
     add("--tpe", type=int, metavar="N", help="let Optuna's TPE choose N settings in all, instead of a grid")
     add("--storage", default="", metavar="URL", help="a database for Optuna, postgresql+psycopg://USER@HOST/NAME")
+    add("--prune", action="store_true", help="give up settings that are clearly behind, on the same folds and seeds")
     add("--warm", action="store_true", help="import once and fork for each cell: worth it for many small ones")
     add("--notebook", type=user_path, default="train_fold.ipynb", help="the notebook of one cell")
     more = "a parameter that wins over the file's, in all settings"
@@ -952,7 +1044,7 @@ def sweep_main(
         print("\n".join(_describe_plan(sweep, slots, options.tpe or 0, options.notebook)))
         return
     where = (options.jobs, options.per_device, options.notebook)
-    failed = run_sweep(sweep, *where, options.tpe or 0, options.storage, options.warm)
+    failed = run_sweep(sweep, *where, options.tpe or 0, options.storage, options.warm, options.prune)
     if failed:
         named = ", ".join(map(str, failed[:10])) + f" and {len(failed) - 10} more" * (len(failed) > 10)
         raise SystemExit(f"failed: {named}; the same command tries them again")
