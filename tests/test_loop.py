@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from biomass_lib import logs, loop, train
-from biomass_lib.claims import Cell, read_done
+from biomass_lib.claims import describe_done, read_done
 from biomass_lib.config import Config, smoke_config
 from biomass_lib.demo import render_dataset
 from biomass_lib.evaluate import read_oof
 from biomass_lib.files import write_csv
 from biomass_lib.intervals import masses_of, scores
 from biomass_lib.models import create_model, load_model
-from biomass_lib.runs import fold_line, make_report
+from biomass_lib.runs import make_report
 from biomass_lib.tables import TRAIN_COLUMNS, read_text_csv, read_train
 from biomass_lib.targets import TARGETS
 from biomass_lib.weights import assemble_weights
@@ -306,5 +306,5 @@ def test_a_fold_without_a_score_of_its_own(settings, tmp_path, capsys):
     assert np.isfinite(scores(*masses_of(read_oof(folders[0].parent)))["score"])
     manifest = assemble_weights(folders[0].parent, tmp_path / "weights")
     assert [entry["score"] is None for entry in manifest["models"]] == [True, False, False]
-    assert fold_line(Cell(0), folders[0].parent).startswith("fold 0: score not defined, epoch ")
+    assert describe_done(read_done(folders[0])).startswith("score not defined, epoch ")
     assert np.isfinite(make_report(folders[0].parent).loc["model", "score"])
