@@ -516,7 +516,7 @@ def _place(work: _Work) -> None:
         work.waiting |= dict.fromkeys(ready, now)
     for job in ready[: max(0, room)]:
         del work.waiting[job]
-        if job in work.held and _tell_done(work, job, " (done elsewhere)"):
+        if job in work.held and read_lease(job.folder) is None and _tell_done(work, job, " (done elsewhere)"):
             continue
         number = 1 + max(work.placed, default=0)
         work.placed[number] = job
@@ -560,8 +560,11 @@ def _note_nodes(
         work.watcher.line(f"{refused[node]}. It gets no more cells")
     if refused and not nodes:
         raise ValueError("; ".join(refused.values()))
-    if work.nodes and not nodes:
-        work.watcher.line("no node of the cluster is left; we wait for one: ray start --address=...")
+    for node in work.nodes.keys() - nodes.keys() - refused.keys():
+        rest = "" if nodes else "; none is left, and we wait for one: ray start --address=..."
+        work.watcher.line(f"node {work.nodes[node].name} is gone{rest}")
+    for node in nodes.keys() - work.nodes.keys():
+        work.watcher.line(f"node {nodes[node].name} has joined")
     work.nodes, work.refused = nodes, refused
 
 # %% ../notebooks/61_cluster.ipynb #ddae0883
