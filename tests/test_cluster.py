@@ -40,16 +40,17 @@ from biomass_lib.cluster import run_jobs_on_cluster
 from biomass_lib.command import command
 from biomass_lib.runs import Job
 
-address, notebook, name, *folds = sys.argv[1:]
+address, notebook, name, gpus, *folds = sys.argv[1:]
 with command("driver"):
     queue = [Job(Path("runs", name), Cell(int(fold)), "tiny.yaml", {"experiment": name}) for fold in folds]
-    print("failed:", *map(str, run_jobs_on_cluster(queue, address, notebook)))
+    failed = run_jobs_on_cluster(queue, address, notebook, gpus_per_cell=float(gpus) if gpus else None)
+    print("failed:", *map(str, failed))
 """
 BEGIN = """
 import json, os, pathlib, time
 folder = pathlib.Path('runs', experiment, f'fold{fold}')
 with open(f'runs/{experiment}.begun', 'a') as begun:
-    begun.write(f"{fold} {os.environ['NODE']}\\n")
+    begun.write(f"{fold} {os.environ['NODE']} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 while not pathlib.Path(f'runs/{experiment}.open').exists():
     time.sleep(0.1)
 done = {'fold': fold, 'score': 0.5, 'epoch': 3, 'seconds': 1.0}
@@ -98,13 +99,16 @@ class Cluster:
         plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment = plain | {"MARK": self.mark, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
         self.environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HOME": str(self.temp)}
+        self.environment |= {
+            "RAY_worker_niceness": "0"
+        }  # 15 is the default, and other work on this machine would come first
 
-    def start(self, name: str, number: int, *wrapper: str, **environment: str) -> None:
+    def start(self, name: str, number: int, *wrapper: str, gpus: int = 0, **environment: str) -> None:
         "Start a node; the head is number 2."
         head = ["--head", "--port", self.address.partition(":")[2], "--include-dashboard=false"]
         place = head if number == 2 else ["--address", self.address]
         command = [*wrapper, str(Path(sys.executable).parent / "ray"), "start", *place, "--node-name", name]
-        command += ["--node-ip-address", f"127.0.0.{number}", "--num-cpus", "1", "--num-gpus", "0"]
+        command += ["--node-ip-address", f"127.0.0.{number}", "--num-cpus", str(1 + gpus), "--num-gpus", str(gpus)]
         command += ["--temp-dir", str(self.temp / name), "--object-store-memory", "80000000", "--disable-usage-stats"]
         given = self.environment | self.token | {"NODE": f"{name}-{self.mark}"} | environment
         log = self.temp / f"{name}.log"
@@ -136,16 +140,18 @@ class Cluster:
         kill(pids_with(self.mark))
         shutil.rmtree(self.temp, ignore_errors=True)
 
-    def driver(self, name: str, *folds: int, notebook: str | Path = "stand_in.ipynb", **environment: str):
+    def driver(
+        self, name: str, *folds: int, notebook: str | Path = "stand_in.ipynb", gpus: str = "", **environment: str
+    ):
         "Start a driver in the shared folder, with the token where none is given."
         (self.home / "runs" / name).mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-c", DRIVER, self.address, str(notebook), name, *map(str, folds)]
+        command = [sys.executable, "-c", DRIVER, self.address, str(notebook), name, gpus, *map(str, folds)]
         given = self.environment | (environment or self.token)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=self.home, env=given, **pipes)
 
     def begun(self, name: str) -> list[list[str]]:
-        "Fold and node of each training that has begun."
+        "Fold and node of each training that has begun, and the GPU that it sees."
         path = self.home / f"runs/{name}.begun"
         lines = path.read_text().splitlines() if path.is_file() else []
         return [line.replace(f"-{self.mark}", "").split() for line in lines]
@@ -228,10 +234,10 @@ def is_clean(cluster: Cluster, name: str) -> bool:
 def test_both_nodes_work(nodes: Cluster):
     driver = nodes.driver("both", 0, 1, 2)
     wait_until(lambda: len(nodes.begun("both")) == 2, "two trainings at once", driver)
-    assert {node for _, node in nodes.begun("both")} == {"one", "two"}
+    assert {node for _, node, _ in nodes.begun("both")} == {"one", "two"}
     nodes.open("both")
     output = finished(driver)
-    assert sorted(fold for fold, _ in nodes.begun("both")) == ["0", "1", "2"]
+    assert sorted(fold for fold, *_ in nodes.begun("both")) == ["0", "1", "2"]
     assert "(node one)" in output and "(node two)" in output and output.count("score 0.500") == 3
     assert is_clean(nodes, "both")
     assert finished(nodes.driver("both", 0, 1, 2)).count("(done before)") == 3
@@ -254,7 +260,7 @@ def test_a_killed_worker_is_replaced(nodes: Cluster):
     wait_until(lambda: len(nodes.begun("worker")) == 3, "another beginning", driver)
     nodes.open("worker")
     assert "fold 0: its node or process died, and it is placed again" in finished(driver)
-    assert Counter(fold for fold, _ in nodes.begun("worker")) == {"0": 2, "1": 1}
+    assert Counter(fold for fold, *_ in nodes.begun("worker")) == {"0": 2, "1": 1}
     assert is_clean(nodes, "worker")
 
 
@@ -265,22 +271,22 @@ def test_a_cell_that_somebody_else_holds_is_waited_for(nodes: Cluster):
         driver = nodes.driver("held", 0, 1)
         said = read_until(driver, "score 0.500")
         said += read_until(driver, "is being trained by") if "is being trained by" not in said else ""
-        assert [fold for fold, _ in nodes.begun("held")] == ["1"], said
+        assert [fold for fold, *_ in nodes.begun("held")] == ["1"], said
     finally:
         lease.release()
     finished(driver)
-    assert [fold for fold, _ in nodes.begun("held")] == ["1", "0"] and is_clean(nodes, "held")
+    assert [fold for fold, *_ in nodes.begun("held")] == ["1", "0"] and is_clean(nodes, "held")
 
 
 @pytest.mark.slow
 def test_a_killed_node_is_replaced(nodes: Cluster):
     driver = nodes.driver("node", 0, 1, 2)
     wait_until(lambda: len(nodes.begun("node")) == 2, "two trainings", driver)
-    lost = next(fold for fold, node in nodes.begun("node") if node == "two")
+    lost = next(fold for fold, node, _ in nodes.begun("node") if node == "two")
     nodes.end("two")
     nodes.open("node")
     assert f"fold {lost}: its node or process died, and it is placed again" in finished(driver)
-    assert Counter(fold for fold, _ in nodes.begun("node")) == Counter(["0", "1", "2", lost])
+    assert Counter(fold for fold, *_ in nodes.begun("node")) == Counter(["0", "1", "2", lost])
     assert is_clean(nodes, "node")
 
 
@@ -292,7 +298,7 @@ def test_a_node_without_its_raylet_ends_its_cell(nodes: Cluster):
     said = read_until(driver, "node two is gone")
     nodes.open("raylet")
     assert driver.wait(PATIENCE) == 0, said + driver.stdout.read()
-    begun = Counter(fold for fold, _ in nodes.begun("raylet"))
+    begun = Counter(fold for fold, *_ in nodes.begun("raylet"))
     assert begun == {"0": 1, "1": 1, "2": 1}, "the orphaned task goes on with its cell, and its lease keeps others away"
     wait_until(lambda: is_clean(nodes, "raylet"), "the end of all processes")
 
@@ -314,7 +320,7 @@ def test_a_killed_head_ends_the_driver_and_all_kernels(nodes: Cluster):
     nodes.start("one", 2)
     nodes.open("head")
     finished(nodes.driver("head", 0, 1))
-    assert Counter(fold for fold, _ in nodes.begun("head")) == {"0": 2, "1": 2}
+    assert Counter(fold for fold, *_ in nodes.begun("head")) == {"0": 2, "1": 2}
 
 
 @pytest.mark.slow
@@ -331,7 +337,7 @@ def test_the_end_of_the_driver_ends_all_kernels(nodes: Cluster, number: int):
     assert len(nodes.begun(name)) == 2
     nodes.open(name)
     finished(nodes.driver(name, 0, 1, 2, 3))
-    assert sorted(Counter(fold for fold, _ in nodes.begun(name)).values()) == [1, 1, 2, 2]
+    assert sorted(Counter(fold for fold, *_ in nodes.begun(name)).values()) == [1, 1, 2, 2]
 
 
 @pytest.mark.slow
@@ -368,10 +374,23 @@ def test_a_node_without_the_shared_folder_gets_no_work(nodes: Cluster):
         assert "node lonely does not see what the driver writes into" in output
         nodes.open("folder")
         finished(driver)
-        assert Counter(fold for fold, _ in nodes.begun("folder")) == {"0": 1, "1": 1, "2": 1}
-        assert "lonely" not in {node for _, node in nodes.begun("folder")}
+        assert Counter(fold for fold, *_ in nodes.begun("folder")) == {"0": 1, "1": 1, "2": 1}
+        assert "lonely" not in {node for _, node, _ in nodes.begun("folder")}
     finally:
         nodes.end("lonely")
+
+
+@pytest.mark.slow
+def test_two_cells_share_a_gpu_where_there_is_one(nodes: Cluster):
+    nodes.start("gpu", 4, gpus=1, CUDA_VISIBLE_DEVICES="3")
+    try:
+        driver = nodes.driver("gpu", 0, 1, 2, gpus="0.5")
+        wait_until(lambda: len(nodes.begun("gpu")) == 2, "two trainings", driver)
+        nodes.open("gpu")
+        finished(driver)
+        assert [cell[1:] for cell in nodes.begun("gpu")] == [["gpu", "3"]] * 3
+    finally:
+        nodes.end("gpu")
 
 
 @pytest.mark.slow
