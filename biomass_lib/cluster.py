@@ -453,7 +453,7 @@ def _start_bridge() -> tuple[subprocess.Popen, Connection, BinaryIO]:
         )
     return child, ours, log
 
-
+# %% ../notebooks/61_cluster.ipynb #8a4a8679
 def _ticket_of(work: _Work, job: Job) -> _Ticket:
     "Write the ticket of a cell, and the token of its run folder when it has none."
     if job.run_dir not in work.tokens:

@@ -1,4 +1,4 @@
-"A Ray cluster of two nodes on this machine: both are used, each is killed in every way, and what does not fit is refused."
+"A Ray cluster of two nodes on this machine: both work, each is killed in every way, what does not fit is refused."
 
 import importlib.util
 import json
