@@ -147,7 +147,7 @@ def _usable_nodes(
 class _Outcome:
     "Say what became of a cell on a node."
 
-    state: str  # done, held, failed, refused, or lost: its process or node has died
+    state: str  # done, held, failed, refused; raised: an error of ours; lost: its process or node has died
     text: str = ""
     node: str = ""  # its id
 
@@ -211,7 +211,8 @@ class _Bridge:
         gpus = float("GPU" in ray.cluster_resources()) if gpus is None else gpus
         self.ray, self.sizes, self.sample = ray, (cpus, gpus), (job, ticket)
         self.cells, self.checks = {}, {}  # reference -> number of the cell, id of the node
-        self.seen, self.nodes, self.refused = set(), {}, {}  # ids; id -> node; id -> complaint
+        self.accepted, self.unsure = set(), set()  # ids
+        self.nodes, self.refused = {}, {}  # id -> node, id -> complaint
 
     def outcome(self, reference: Any) -> _Outcome:
         "Read what became of a task."
@@ -219,33 +220,41 @@ class _Bridge:
             return self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
             lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-            last = lines[-1] if isinstance(error, self.ray.exceptions.RayTaskError) else lines[0]
-            return _Outcome("lost", f"{type(error).__name__}: {one_line(last, 160)}")
+            raised = isinstance(error, self.ray.exceptions.RayTaskError)
+            text = f"{type(error).__name__}: {one_line(lines[-1 if raised else 0], 160)}"
+            return _Outcome("raised" if raised else "lost", text)
 
     def look(self) -> None:
         "Check nodes that are new, and note which will do."
         usable = _usable_nodes(self.ray.nodes(), *self.sizes)
         check = self.ray.remote(num_cpus=0, max_retries=0)(_complaint)
-        for node in usable.keys() - self.seen:
+        for node in usable.keys() - self.accepted - self.refused.keys() - set(self.checks.values()):
             place = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
             self.checks[check.options(scheduling_strategy=place).remote(*self.sample)] = node
-        self.seen |= usable.keys()
         ready = self.ray.wait([*self.checks], num_returns=len(self.checks), timeout=0.1)[0] if self.checks else []
         for reference in ready:
             node, complaint = self.checks.pop(reference), self.outcome(reference)
-            if isinstance(complaint, _Outcome):  # it could not even be asked
+            if isinstance(complaint, _Outcome) and complaint.state == "raised":
                 complaint = f"has no biomass_lib of this version ({complaint.text}): install the same commit there"
-            if complaint and node in usable:
-                self.refuse(node, complaint, usable)
-        good = usable.keys() - set(self.checks.values()) - self.refused.keys()
-        self.nodes = {node: usable[node] for node in good}
-
-    def refuse(self, node: str, complaint: str, usable: dict[str, _Node]) -> None:
-        "Give a node no more cells."
-        self.refused[node] = f"node {usable[node].name if node in usable else node} {complaint}"
-        self.nodes.pop(node, None)
+            if complaint == "":
+                self.accepted.add(node)
+            elif isinstance(complaint, str):  # else it died meanwhile, or is asked again
+                _refuse(self, node, complaint, usable)
+        self.nodes = {node: usable[node] for node in usable.keys() & self.accepted - self.refused.keys()}
+        self.unsure = usable.keys() - self.accepted - self.refused.keys()
 
 # %% ../notebooks/61_cluster.ipynb #17c6cfdb
+def _refuse(
+    bridge: _Bridge,
+    node: str,  # id
+    complaint: str,
+    usable: dict[str, _Node],  # those that are alive
+) -> None:
+    "Give a node no more cells."
+    bridge.refused[node] = f"node {usable[node].name if node in usable else node} {complaint}"
+    bridge.nodes.pop(node, None)
+
+
 def _place_cell(
     bridge: _Bridge,
     number: int,  # of the cell
@@ -260,7 +269,7 @@ def _place_cell(
         options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(bridge.refused))})"}
     bridge.cells[task.options(**options).remote(job, ticket, cpus, gpus)] = number
 
-
+# %% ../notebooks/61_cluster.ipynb #101cf4e7
 def _begin(
     driver: Connection,
 ) -> _Bridge | None:  # None: the driver was told why not
@@ -274,12 +283,11 @@ def _begin(
         return None
     bridge.look()
     deadline = time.monotonic() + 120
-    while bridge.checks and time.monotonic() < deadline:
+    while bridge.unsure and time.monotonic() < deadline:
+        time.sleep(0.2)
         bridge.look()
     trouble = [*bridge.refused.values()]
-    trouble += [
-        f"node {node} did not answer for two minutes: look after it, or end it" for node in bridge.checks.values()
-    ]
+    trouble += [f"node {node} did not answer for two minutes: look after it, or end it" for node in bridge.unsure]
     if not trouble and not bridge.nodes:
         trouble = [f"no node of the cluster has {bridge.sizes[0]:g} CPUs and {bridge.sizes[1]:g} GPUs for a cell"]
     if trouble:
@@ -300,7 +308,7 @@ def _pass_on(
     for reference in ready:
         number, outcome = bridge.cells.pop(reference), bridge.outcome(reference)
         if outcome.state == "refused":
-            bridge.refuse(outcome.node, outcome.text, bridge.nodes)
+            _refuse(bridge, outcome.node, outcome.text, bridge.nodes)
         driver.send(("outcome", number, outcome))
 
 
@@ -540,7 +548,7 @@ def _settle(
         work.waiting[job] = now + _LOOK_SECONDS
     elif outcome.state == "refused":
         work.waiting = {job: now} | work.waiting
-    elif outcome.state == "lost" and work.deaths[job] < _MOST_DEATHS:
+    elif outcome.state in ("lost", "raised") and work.deaths[job] < _MOST_DEATHS:
         work.deaths[job] += 1
         work.watcher.line(f"{job}: its node or process died, and it is placed again ({outcome.text})")
         work.waiting = {job: now} | work.waiting
