@@ -50,7 +50,7 @@ BEGIN = """
 import json, os, pathlib, time
 folder = pathlib.Path('runs', experiment, f'fold{fold}')
 with open(f'runs/{experiment}.begun', 'a') as begun:
-    begun.write(f"{fold} {os.environ['NODE']} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+    begun.write(f"{fold} {os.environ['NODE']} {os.environ.get('CUDA_VISIBLE_DEVICES') or 'none'}\\n")
 while not pathlib.Path(f'runs/{experiment}.open').exists():
     time.sleep(0.1)
 done = {'fold': fold, 'score': 0.5, 'epoch': 3, 'seconds': 1.0}
