@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from .claims import Cell, cell_folder
+from .cluster import run_jobs_on_cluster
 from .command import command, user_path
 from .config import CELL_PARAMETERS, MACHINE_PARAMETERS, Config, config_from_yaml, parse_value, run_config
 from .files import read_json, write_csv, write_json
@@ -959,6 +960,18 @@ def _check_prune(
     if sweep.base.early_stopping_patience:
         raise ValueError("--prune needs whole curves: set early_stopping_patience = 0")
 
+
+def _check_cluster(
+    jobs: int | str,
+    warm: bool,
+    prune: bool,
+) -> None:
+    "Raise ValueError for what a cluster doesn't do."
+    if jobs != "auto":
+        raise ValueError(f"--jobs {jobs}: the nodes of a cluster decide how many cells run; leave --jobs out")
+    if warm or prune:
+        raise ValueError(f"{'--warm' if warm else '--prune'} works on one box, and not with --cluster")
+
 # %% ../notebooks/62_sweep.ipynb #9a0c437b
 def run_sweep(
     sweep: Sweep,  # of `plan_sweep`
@@ -969,12 +982,15 @@ def run_sweep(
     storage: str = "",  # of Optuna's study; empty: a journal in the sweep's folder
     warm: bool = False,  # cells fork from a process that has imported everything
     prune: bool = False,  # give up settings that are behind; not with TPE
+    cluster: str = "",  # HOST:PORT of a Ray cluster that trains instead; empty: this box
 ) -> list[Job]:  # those that failed
     """Train what a sweep lacks, and keep its index.
 
     Raises ValueError or FileNotFoundError before any work, RuntimeError when the storage stays away."""
     if prune:
         _check_prune(sweep, n_trials)
+    if cluster:
+        _check_cluster(jobs, warm, prune)
     for setting in sweep.settings:
         _open_setting(setting)
         if not prune:
@@ -984,7 +1000,11 @@ def run_sweep(
     watcher = _TpeWatcher(sweep, n_trials, storage) if n_trials else watch(sweep)
     _write_index(sweep)
     queue = sweep.jobs(sweep.settings) if not n_trials else []
-    failed = run_jobs(queue, jobs, notebook, per_device, watcher, warm)
+    if cluster:
+        share = None if per_device == 1 else 1 / per_device
+        failed = run_jobs_on_cluster(queue, cluster, notebook, watcher, share)
+    else:
+        failed = run_jobs(queue, jobs, notebook, per_device, watcher, warm)
     _write_index(sweep)
     watcher.line(_best_line(sweep.settings, sweep.cells, watcher.known) or "no cell is done")
     watcher.line(f"{watcher.progress.count()}; all settings: {sweep.root / 'sweep.csv'}")
@@ -1003,6 +1023,7 @@ def _sweep_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", help="train each cell once with each (default: parameter seed)")
     add("--jobs", default="auto", help="cells at a time; auto (the default): one a GPU, or one")
     add("--per-device", type=int, default=1, help="cells that share a GPU, with --jobs auto")
+    add("--cluster", default="", metavar="HOST:PORT", help="train on this Ray cluster; auto: that of this box")
     add("--dry-run", action="store_true", help="print the plan, and a command for each cell; train nothing")
     add("--tpe", type=int, metavar="N", help="let Optuna's TPE choose N settings in all, instead of a grid")
     add("--storage", default="", metavar="URL", help="a database for Optuna, postgresql+psycopg://USER@HOST/NAME")
@@ -1044,7 +1065,7 @@ def sweep_main(
         print("\n".join(_describe_plan(sweep, slots, options.tpe or 0, options.notebook)))
         return
     where = (options.jobs, options.per_device, options.notebook)
-    failed = run_sweep(sweep, *where, options.tpe or 0, options.storage, options.warm, options.prune)
+    failed = run_sweep(sweep, *where, options.tpe or 0, options.storage, options.warm, options.prune, options.cluster)
     if failed:
         named = ", ".join(map(str, failed[:10])) + f" and {len(failed) - 10} more" * (len(failed) > 10)
         raise SystemExit(f"failed: {named}; the same command tries them again")

@@ -85,6 +85,11 @@ def kill(pids: list[int]) -> None:
             continue
 
 
+def heed_interrupts() -> None:
+    "Tests that run in the background of a shell were started with SIGINT ignored, and so would their driver be."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Cluster:
     "A head and other nodes, each with one CPU and an address of its own on loopback."
 
@@ -148,7 +153,7 @@ class Cluster:
         command = [sys.executable, "-c", DRIVER, self.address, str(notebook), name, gpus, *map(str, folds)]
         given = self.environment | (environment or self.token)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=self.home, env=given, **pipes)
+        return subprocess.Popen(command, cwd=self.home, env=given, preexec_fn=heed_interrupts, **pipes)
 
     def begun(self, name: str) -> list[list[str]]:
         "Fold and node of each training that has begun, and the GPU that it sees."

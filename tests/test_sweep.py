@@ -129,8 +129,9 @@ def contents(root: Path, *names: str) -> dict[str, bytes]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, 50])
-def test_killed_at_random_moments(home: Path, kills: int):
+def test_killed_at_random_moments(home: Path):
+    "KILLS=50 takes ten minutes, and passes too."
+    kills = int(os.environ.get("KILLS", 3))
     stand_in.write_notebook(home / "stand_in.ipynb", pause=0.3)
     seeds = [str(seed) for seed in range(max(1, kills // 5))]
     words = (*GRID, "--jobs", "2", "--seeds", *seeds, "--notebook", "stand_in.ipynb")
@@ -155,10 +156,9 @@ def test_killed_at_random_moments(home: Path, kills: int):
     (whole / "data").mkdir(parents=True)
     for name in ("data/train.csv", "p.yaml", "stand_in.ipynb"):
         shutil.copy(home / name, whole / name)
-    if kills == 3:
-        assert sweep(whole, *GRID, "--jobs", "2", "--seeds", *seeds)[0] == 0
-        names = ("oof.csv", "sweep.csv", "sweep.json", "params.yaml")
-        assert contents(whole / "runs", *names) == contents(home / "runs", *names)
+    assert sweep(whole, *GRID, "--jobs", "2", "--seeds", *seeds)[0] == 0
+    names = ("oof.csv", "sweep.csv", "sweep.json", "params.yaml")
+    assert contents(whole / "runs", *names) == contents(home / "runs", *names)
 
 
 TPE = ("p.yaml", "-s", "dropout=.1:.5", "--folds", "0", "--tpe", "2")
@@ -201,11 +201,11 @@ class Postgres:
         if os.getuid() == 0:
             nobody = pwd.getpwnam("nobody")
             person = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        program = [str(self.bin / words[0]), *words[1:]]
         with open(self.folder / "log", "a") as log:
-            program = [str(self.bin / words[0]), *words[1:]]
-            subprocess.run(
-                program, check=True, stdout=log, stderr=log, cwd="/", env={"PATH": os.environ["PATH"]}, **person
-            )
+            options = {"stdout": log, "stderr": log, "cwd": "/", "env": {"PATH": os.environ["PATH"]}}
+            ended = subprocess.run(program, **options, **person)
+        assert ended.returncode == 0, (self.folder / "log").read_text()[-2000:]
 
     def make(self) -> None:
         (self.folder / "password").write_text("secret")
@@ -226,10 +226,22 @@ class Postgres:
 
     def start(self) -> None:
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder} -c fsync=off"
-        self.run("pg_ctl", "-D", str(self.data), "-o", options, "-l", str(self.folder / "server.log"), "-w", "start")
+        self.run(
+            "pg_ctl",
+            "-D",
+            str(self.data),
+            "-o",
+            options,
+            "-l",
+            str(self.folder / "server.log"),
+            "-w",
+            "-t",
+            str(PATIENCE),
+            "start",
+        )
 
     def stop(self) -> None:
-        self.run("pg_ctl", "-D", str(self.data), "-m", "immediate", "-w", "stop")
+        self.run("pg_ctl", "-D", str(self.data), "-m", "immediate", "-w", "-t", str(PATIENCE), "stop")
 
 
 @pytest.fixture
@@ -244,7 +256,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     postgres.make()
     postgres.start()
     yield postgres
-    with contextlib.suppress(subprocess.CalledProcessError):
+    with contextlib.suppress(AssertionError):
         postgres.stop()
 
 
