@@ -19,15 +19,8 @@ import albumentations as A
 from .artefacts import draw_date_stamp, draw_flash_dots
 
 # %% ../notebooks/15_augment.ipynb #d46b83c5
-_AUGMENT_PARTS = (
-    "oddities",
-    "crop",
-    "turns",
-    "reference",
-    "blur",
-    "scale",
-    "swap",
-)  # in the order in which they are applied
+# in the order in which they are applied
+_AUGMENT_PARTS = ("oddities", "crop", "turns", "reference", "blur", "scale", "swap")
 
 
 def _augment_parts(
@@ -100,11 +93,8 @@ def _part_steps(
     part: str,  # one of _AUGMENT_PARTS
 ) -> list[A.BasicTransform]:  # for one half; none for swap, which concerns the photograph
     "List the steps of one part. Raises KeyError for an unknown part."
-    turns = [
-        A.HorizontalFlip(p=0.5),
-        A.VerticalFlip(p=0.5),
-        A.RandomRotate90(p=1.0),
-    ]  # 0 to 3 quarter turns, each as likely
+    # the last: 0 to 3 quarter turns, each as likely
+    turns = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5), A.RandomRotate90(p=1.0)]
     return {
         "oddities": [_DrawArtefacts()],
         "crop": [A.CropAndPad(percent=(-0.08, 0.0), keep_size=True, p=0.8)],  # of each side, independently

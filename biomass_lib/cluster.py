@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import biomass_lib
-from .claims import FoldHeld, claim, describe_done, read_done, read_lease
+from .claims import FoldHeld, claim, read_done, read_lease
 from .config import config_from_yaml
 from .files import file_sha256, remove_abandoned, temporary_path
-from .runs import Job, Watcher, find_notebook, train_job
+from .runs import Job, Watcher, find_notebook, tell_done, train_job
 from .supervise import die_with_parent
 from .text import one_line
 
@@ -503,18 +503,6 @@ def _leave(work: _Work) -> None:
     work.log.close()
 
 # %% ../notebooks/61_cluster.ipynb #dcaff603
-def _tell_done(
-    work: _Work,
-    job: Job,
-    remark: str,
-) -> bool:
-    "Show a cell that is done, if it is. Raises ValueError as `read_done` does."
-    done = read_done(job.folder)
-    if done is not None:
-        work.watcher.ended(job, done, f"{job}: {describe_done(done)}{remark}")
-    return done is not None
-
-
 def _place(work: _Work) -> None:
     "Hand cells to Ray while its queue is short; ask for more when there is room for them."
     now, room = time.monotonic(), max(8, 2 * work.slots) - len(work.placed)
@@ -524,7 +512,7 @@ def _place(work: _Work) -> None:
         work.waiting |= dict.fromkeys(ready, now)
     for job in ready[: max(0, room)]:
         del work.waiting[job]
-        if job in work.held and read_lease(job.folder) is None and _tell_done(work, job, " (done elsewhere)"):
+        if job in work.held and read_lease(job.folder) is None and tell_done(work.watcher, job, " (done elsewhere)"):
             continue
         number = 1 + max(work.placed, default=0)
         work.placed[number] = job
@@ -539,7 +527,7 @@ def _settle(
     "Show what became of a cell, or put it back. Raises ValueError when no node is left that will do."
     now = time.monotonic()
     if outcome.state == "done":
-        if not _tell_done(work, job, outcome.text):
+        if not tell_done(work.watcher, job, outcome.text):
             work.waiting[job] = now + _LOOK_SECONDS  # a share may show a new file late
     elif outcome.state == "held":
         if job not in work.held:
@@ -608,7 +596,7 @@ def run_jobs_on_cluster(
     RuntimeError when the cluster breaks down; the same call goes on then."""
     code = _code_digest(find_notebook(str(notebook)))
     work = _Work(address, str(notebook), code, watcher or Watcher())
-    work.waiting = {job: 0.0 for job in queue if not _tell_done(work, job, " (done before)")}
+    work.waiting = {job: 0.0 for job in queue if not tell_done(work.watcher, job, " (done before)")}
     work.waiting = work.waiting or dict.fromkeys(work.watcher.more(), 0.0)
     if not work.waiting:
         return []

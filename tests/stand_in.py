@@ -58,6 +58,8 @@ def train_cell(config: Config, pause: float = 0.0) -> Path:
         raise ValueError("photograph 7 is damaged")
     own = tuple({*MACHINE_PARAMETERS, *CELL_PARAMETERS} - {"data_dir", "runs_dir"})
     write_file(run_dir / "params.yaml", config_to_yaml(config, without=own))
+    planned = [(f"ID{fold}{number}", fold) for fold in range(config.n_folds) for number in range(6)]
+    write_csv(pd.DataFrame(planned, columns=["image_id", "fold"]), run_dir / "folds.csv")
     time.sleep(pause)
     write_csv(oof_of(config), folder / "oof.csv")
     done = {"fold": config.fold, "seed": config.seed, "kept": "last", "score": 0.5, "epoch": 3, "seconds": 2.0}
