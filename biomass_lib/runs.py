@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -177,12 +178,18 @@ def _error_of(
     return "\n".join(text.strip().splitlines()[-lines:]) or "no output at all"
 
 # %% ../notebooks/60_runs.ipynb #d5542312
+_LEAST_FREE = 1 << 20  # bytes; with less a training cannot even write its notebook
+
+
 def _failure_lines(
     job: Job,
     status: int,  # of papermill
 ) -> str:
     "Write why a training failed, and where to look."
     notebook, log = job.folder / "train_fold.ipynb", job.folder / "papermill.log"
+    free = shutil.disk_usage(job.folder).free
+    if free < _LEAST_FREE:
+        return f"{job} FAILED: the disk of {job.folder} is full ({free // 1024} kB free): make room and try again"
     reason = _error_of(notebook, log).replace("\n", "\n    ")
     return f"{job} FAILED (exit status {status}): {reason}\n    look at {notebook} and {log}"
 

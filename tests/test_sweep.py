@@ -108,6 +108,40 @@ def test_mistakes_stop_before_any_work(home: Path):
     assert not (home / "runs").exists()
 
 
+SMALL = (
+    'mkdir -p runs; mount -t tmpfs -o size="$0" none runs; eval "$1"; shift; "$@" || echo status $?; cp -r runs seen'
+)
+
+
+def mounts() -> bool:
+    "Whether file systems of our own can be mounted here."
+    return (
+        bool(shutil.which("unshare")) and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+    )
+
+
+def swept_on(home: Path, size: str, before: str = "true") -> str:
+    "What the command prints whose runs lie on a small disk; the folder seen shows what it leaves there."
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SWEEP, *GRID, "--folds", "0", "--notebook", "stand_in.ipynb"]
+    small = ["unshare", "-rm", "bash", "-c", SMALL, size, before, *command]
+    return subprocess.run(small, cwd=home, env=given, stdout=-1, stderr=-2, text=True, timeout=PATIENCE).stdout
+
+
+@pytest.mark.skipif(not mounts(), reason="no user namespaces here, so no small disk can be mounted")
+def test_a_full_and_a_read_only_disk_are_a_line(home: Path):
+    said = swept_on(home, "1m", "mount -o remount,ro runs")
+    assert said == "biomass_sweep: Read-only file system: runs/many\nstatus 1\n"
+    said = swept_on(home, "40k")
+    lines = [line for line in said.splitlines() if "FAILED" in line]
+    assert lines and all("is full (" in line and "make room and try again" in line for line in lines), said
+    assert "status 1" in said and "Traceback" not in said, said
+    shutil.rmtree(home / "runs", ignore_errors=True)
+    shutil.copytree(home / "seen", home / "runs")  # as if room had been made
+    status, said = sweep(home, *GRID, "--folds", "0")
+    assert status == 0 and "2 of 2 cells" in said, said
+
+
 def kill_something(driver: subprocess.Popen, rng: random.Random) -> None:
     "Kill the driver, a kernel, or another process of a cell."
     below = descendants(driver.pid)
