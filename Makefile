@@ -65,11 +65,14 @@ rehearsal: $(READY)
 	@cd "$(RUN)/rehearsal/working" && BIOMASS_INPUT=../input $(PAPERMILL) "$(CURDIR)/kaggle/inference/inference.ipynb" inference.ipynb
 	@head -3 "$(RUN)/rehearsal/working/submission.csv"
 
+# a test that is stuck for twenty minutes says where, and fails; the others go on
+STUCK := -o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true --max-worker-restart=1
+
 test: $(READY) check
 	@echo "== run every notebook"
 	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers 2
 	@echo "== run the end-to-end tests"
-	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -rs -n 2 --dist loadfile tests $(if $(SLOW),--slow)
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -rs -n 2 --dist loadfile $(STUCK) tests $(if $(SLOW),--slow)
 
 # all variants of the model on the demo data, six minutes on the two cores of the README; folds that are done are not trained again
 variants: $(READY)

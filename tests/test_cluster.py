@@ -1,8 +1,10 @@
 "A Ray cluster of two nodes on this machine: both work, each is killed in every way, what does not fit is refused."
 
+import contextlib
 import importlib.util
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -77,12 +79,12 @@ def command_line(pid: int) -> str:
         return ""
 
 
-def kill(pids: list[int]) -> None:
+def kill(pids: list[int]) -> list[int]:
+    "Kill processes; those that were asked for."
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    return pids
 
 
 FORGETS = """
@@ -137,10 +139,8 @@ class Cluster:
 
     def end(self, name: str) -> None:
         "Kill all processes of a node."
-        while pids := self.pids(name):
-            kill(pids)
-            time.sleep(0.1)
-        self.boxes.pop(name).wait()
+        wait_until(lambda: not kill(self.pids(name)), f"the end of {name}")
+        self.boxes.pop(name).wait(PATIENCE)
         if self.has("one"):  # the head, which may list a dead node for seconds
             forgets = [sys.executable, "-c", FORGETS, self.address, name]
             subprocess.run(
@@ -225,12 +225,13 @@ def finished(driver: subprocess.Popen, failed: str = "") -> str:
 
 
 def read_until(driver: subprocess.Popen, words: str) -> str:
-    "What a driver prints up to a line with some words."
-    said = ""
+    "What a driver prints until some words are there."
+    said, pipe = "", driver.stdout.fileno()
     while words not in said:
-        line = driver.stdout.readline()
-        assert line, said
-        said += line
+        wait_until(lambda: select.select([pipe], [], [], 0.1)[0], f"{words!r} of a driver that said: {said}")
+        chunk = os.read(pipe, 1 << 16).decode()
+        assert chunk, said
+        said += chunk
     return said
 
 

@@ -203,7 +203,7 @@ def test_tpe_goes_on_after_a_kill_and_without_its_journal(home: Path):
     driver = started(home, *TPE, "--notebook", "stand_in.ipynb")
     wait_until(lambda: (home / "begun").is_file() and len(begun(home)) == 2, "the second setting", driver)
     driver.kill()
-    driver.communicate()
+    driver.communicate(timeout=PATIENCE)
     status, said = sweep(home, *TPE)
     assert status == 0, said
     table = pd.read_csv(home / "runs/many/sweep.csv")
