@@ -29,7 +29,7 @@ import pandas as pd
 from .command import user_path
 from .kaggle_rules import check_owner, check_owners, check_weights_metadata, read_metadata, repo_root
 from .kernel import check_kernel
-from .submit import read_manifest
+from .submit import manifest_files, read_manifest
 from .tables import check_submission, image_ids_of, read_test
 
 # %% ../notebooks/73_client.ipynb #a5329576
@@ -242,7 +242,7 @@ def _weights_files(
 ) -> dict[str, int]:  # name: bytes of all that will be uploaded
     "Read the folder through. Raises ValueError for what does not belong there, and as `read_manifest` does."
     folder = Path(folder)
-    names = {entry["file"] for entry in read_manifest(folder)["models"]} | _DATASET_FILES
+    names = {facts["file"] for facts in manifest_files(read_manifest(folder))} | _DATASET_FILES
     unknown = sorted(path.name for path in folder.iterdir() if path.name not in names | _NOT_UPLOADED)
     if unknown:
         raise ValueError(f"{folder} holds {', '.join(unknown)}, which would be uploaded, too (or skipped); remove it")
