@@ -27,7 +27,15 @@ from typing import Any
 import pandas as pd
 
 from .command import user_path
-from .kaggle_rules import check_owner, check_owners, check_weights_metadata, read_metadata, repo_root
+from biomass_lib.kaggle_rules import (
+    check_licences,
+    check_owner,
+    check_owners,
+    check_weights_metadata,
+    read_metadata,
+    repo_root,
+    unknown_licences,
+)
 from .kernel import check_kernel
 from .submit import manifest_files, read_manifest
 from .tables import check_submission, image_ids_of, read_test
@@ -351,10 +359,14 @@ def upload_weights(
     folder = Path(folder)
     try:
         metadata, files = read_metadata(folder / "dataset-metadata.json"), _weights_files(folder)
-        _refuse(check_owner("dataset-metadata.json", metadata) + check_weights_metadata(metadata))
+        manifest = read_manifest(folder)
+        problems = check_owner("dataset-metadata.json", metadata) + check_weights_metadata(metadata)
+        _refuse(problems + check_licences(metadata, manifest))
     except (OSError, ValueError) as error:
         _refuse([str(error)])
-    dataset, experiment = metadata["id"], read_manifest(folder)["experiment"]
+    for line in unknown_licences(manifest):
+        print(line)
+    dataset, experiment = metadata["id"], manifest["experiment"]
     before = _dataset_version(dataset, every=every)
     _send_weights(folder, dataset, before, message or experiment)
     return _wait_for_weights(dataset, before, files, every, limit)

@@ -26,7 +26,7 @@ from safetensors.torch import save
 
 from .claims import Cell, cell_folder
 from .command import command, fold_name, user_path
-from .config import ALL, MACHINE_PARAMETERS, read_yaml
+from .config import ALL, MACHINE_PARAMETERS, Config, read_yaml
 from biomass_lib.evaluate import (
     WEIGHTED,
     ensemble_table,
@@ -47,7 +47,16 @@ from biomass_lib.files import (
     write_file,
     write_json,
 )
-from .kaggle_rules import TEMPORARY_FOLDER, check_weights_folder, fill_user, read_metadata, repo_root
+from biomass_lib.kaggle_rules import (
+    LICENCE_PAGES,
+    TEMPORARY_FOLDER,
+    check_licences,
+    check_weights_folder,
+    fill_user,
+    read_metadata,
+    repo_root,
+    unknown_licences,
+)
 from .models import load_model, state_sha256
 from .predict import DEFAULT_VIEWS, VIEWS, check_views, predict_masses
 from .report import read_report
@@ -231,6 +240,21 @@ def _published_params(
     runs = [{"weight": w, "params": params} for w, params in zip(weights, own, strict=True)]
     return shared, dict(zip(map(_run_name, run_dirs), runs, strict=True))
 
+# %% ../notebooks/71_weights.ipynb #fb72a748
+def _origin(
+    run_dir: Path,  # runs/<experiment>
+    backbone: str,  # timm name, of the models' spec
+) -> dict[str, str | None]:  # backbone, licence: timm's name of it, or unknown; None: trained from random numbers
+    "Say which pretrained backbone a run began with, and under which licence."
+    import timm
+
+    params = {name: getattr(Config, name) for name in ("pretrained", "backbone_weights")}
+    params |= read_yaml(run_dir / "params.yaml")
+    if not params["pretrained"] and not params["backbone_weights"]:
+        return {"backbone": backbone, "licence": None}
+    config = timm.get_pretrained_cfg(backbone, allow_unregistered=True)
+    return {"backbone": backbone, "licence": (config and config.license) or "unknown"}
+
 # %% ../notebooks/71_weights.ipynb #22f299e5
 def _weighted_mean(
     sidecars: list[dict[str, Any]],  # JSON of the weights
@@ -261,6 +285,9 @@ def _build_manifest(
     entries, sidecars = zip(*models, strict=True)
     shares = [entry["weight"] for entry in entries]
     shared, own = _published_params(list(runs), weights)
+    for run_dir in runs:
+        first = next(entry for entry in entries if entry["run"] == _run_name(run_dir))
+        own[_run_name(run_dir)] |= _origin(run_dir, first["spec"]["backbone"])
     return {
         "format": MANIFEST_FORMAT,
         "project": "biomass",
@@ -542,6 +569,9 @@ def _card_limits(
     return "\n".join(f"- {line[:1].upper()}{line[1:]}" for line in (*lines, *_LIMITS))
 
 # %% ../notebooks/71_weights.ipynb #ec593b8a
+_UNKNOWN = "not named by timm: look it up"
+
+
 def _card_licence(
     manifest: dict[str, Any],  # of the weights
     out: str | Path,  # the dataset's folder, with dataset-metadata.json
@@ -552,14 +582,11 @@ def _card_licence(
         text = f"These weights: {markdown_text(metadata['licenses'][0]['name'])}."
     except (OSError, ValueError, KeyError, IndexError):
         text = "These weights: not said; dataset-metadata.json would name a licence."
-    all_params = [manifest["params"] | run["params"] for run in manifest["runs"].values()]
-    for backbone in sorted({params.get("backbone", "") for params in all_params if params.get("pretrained")}):
-        import timm
-
-        origin = timm.get_pretrained_cfg(backbone)
-        licence = (origin and origin.license) or "not named by timm: look it up"
-        text += f" They were fine-tuned from weights of {markdown_text(backbone)}, whose licence goes along: "
-        text += f"{markdown_text(licence)}."
+    origins = {(run.get("backbone"), run["licence"]) for run in manifest["runs"].values() if run.get("licence")}
+    for backbone, licence in sorted(origins):
+        text += f" They were trained from weights of {markdown_text(backbone)}, whose licence goes along: "
+        text += markdown_text(_UNKNOWN if licence == "unknown" else licence)
+        text += f" ({LICENCE_PAGES[licence]})." if licence in LICENCE_PAGES else "."
     return text + " The photographs are not in here; their own terms are those of the place they come from."
 
 # %% ../notebooks/71_weights.ipynb #432ca4af
@@ -758,10 +785,26 @@ def check_weights(
     if not (folder / "manifest.json").is_file():
         return []
     try:
-        files = [facts["file"] for facts in manifest_files(read_manifest(folder))]
+        manifest = read_manifest(folder)
     except (OSError, ValueError) as error:
         return [str(error)]
-    return check_weights_folder(folder, files)
+    problems = check_weights_folder(folder, [facts["file"] for facts in manifest_files(manifest)])
+    try:
+        return problems + check_licences(read_metadata(folder / "dataset-metadata.json"), manifest)
+    except (OSError, ValueError):
+        return problems  # they say it, or what reads the metadata does
+
+# %% ../notebooks/71_weights.ipynb #c5592172
+def _before_upload(
+    out: Path,  # the dataset's folder
+    manifest: dict[str, Any],
+) -> list[str]:  # lines
+    "List what is to be done before an upload: about licences, or a metadata file that is missing."
+    try:
+        problems = check_licences(read_metadata(out / "dataset-metadata.json"), manifest)
+    except (OSError, ValueError) as error:
+        problems = [str(error)]
+    return [f"before an upload: {line}" for line in (*problems, *unknown_licences(manifest))]
 
 # %% ../notebooks/71_weights.ipynb #b7e101c5
 @command("biomass_weights")
@@ -803,7 +846,5 @@ def weights_main(
         print(_gain_sentence(runs))
     if args.half:
         print("\n".join(_card_half(manifest)).strip())
-    try:
-        read_metadata(out / "dataset-metadata.json")
-    except FileNotFoundError as error:
-        print(f"before an upload: {error}")
+    for line in _before_upload(out, manifest):
+        print(line)

@@ -21,6 +21,7 @@ from kaggle_server import USER, kaggle_site
 from patience import PATIENCE
 
 from biomass_lib import kernel
+from biomass_lib.client import NotDone, upload_weights
 from biomass_lib.demo import render_dataset
 from biomass_lib.device import cpu_has_bf16
 from biomass_lib.files import file_facts
@@ -599,6 +600,29 @@ def test_check_reads_the_assembled_weights(stage, tmp_path):
         with pytest.raises(SystemExit, match="tiny_fold1.safetensors has another sha256"):
             kernel.kernel_main(["--check"])
         kernel.kernel_main([])  # `make check` builds where the weights are not
+
+
+def test_a_licence_that_the_dataset_cannot_carry(stage, tmp_path, capsys):
+    "The weights come from DINOv3, the metadata says apache-2.0: refused before a push, until it says other."
+    copy = copy_repository(tmp_path / "copy")
+    fill_user(copy, USER)
+    weights = copy / "kaggle" / "weights"
+    with contextlib.chdir(copy):
+        weights_main([str(stage / "runs" / "tiny")])
+        kernel.kernel_main([])
+        manifest = json.loads((weights / "manifest.json").read_text(encoding="utf-8"))
+        assert manifest["runs"]["tiny"]["licence"] == "apache-2.0"
+        origin = {"backbone": "vit_large_patch16_dinov3", "licence": "dinov3-license"}
+        manifest["runs"]["tiny"] |= origin
+        (weights / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        with pytest.raises(SystemExit, match="apache-2.0, but the weights come from vit_large_patch16_dinov3"):
+            kernel.kernel_main(["--check"])
+        with pytest.raises(NotDone, match='"licenses": \\[{"name": "other"}\\].*nothing was sent'):
+            upload_weights(weights)
+        path = weights / "dataset-metadata.json"
+        remedied = {"licenses": [{"name": "other"}], "description": "dinov3-license"}
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | remedied), encoding="utf-8")
+        kernel.kernel_main(["--check"])
 
 
 def test_no_dataset_metadata(stage, tmp_path, capsys):
