@@ -20,7 +20,7 @@ from .artefacts import draw_date_stamp, draw_flash_dots
 
 # %% ../notebooks/15_augment.ipynb #d46b83c5
 # in the order in which they are applied
-_AUGMENT_PARTS = ("oddities", "crop", "turns", "reference", "blur", "scale", "swap")
+_AUGMENT_PARTS = ("oddities", "crop", "turns", "reference", "tone", "blur", "scale", "swap")
 
 
 def _augment_parts(
@@ -45,7 +45,7 @@ class _ZoomOut(A.ImageOnlyTransform):
 
     def __init__(
         self,
-        scale: tuple[float, float] = (0.7, 1.0),  # of the side, drawn evenly from this range
+        scale: tuple[float, float] = (0.85, 1.0),  # of the side, drawn evenly from this range
         p: float = 0.5,
     ):
         super().__init__(p=p)
@@ -100,6 +100,7 @@ def _part_steps(
         "crop": [A.CropAndPad(percent=(-0.08, 0.0), keep_size=True, p=0.8)],  # of each side, independently
         "turns": turns,
         "reference": [*turns, A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8)],
+        "tone": [A.OneOf([A.CLAHE(clip_limit=(1.0, 2.0)), A.RandomGamma(gamma_limit=(80, 120))], p=0.3)],
         "blur": [
             A.OneOf(
                 [A.GaussianBlur(sigma_limit=(0.3, 1.2)), A.MotionBlur(blur_limit=(3, 5), allow_shifted=False)], p=0.3
@@ -107,7 +108,7 @@ def _part_steps(
             A.GaussNoise(std_range=(0.008, 0.03), p=0.3),  # 2 to 8 grey levels; seeds OpenCV from the step's generator
             A.ImageCompression(quality_range=(50, 90), p=0.3),
         ],
-        "scale": [_ZoomOut(p=0.8)],
+        "scale": [_ZoomOut(p=0.2)],
         "swap": [],
     }[part]
 

@@ -27,9 +27,17 @@ from typing import Any
 import pandas as pd
 
 from .command import user_path
-from .kaggle_rules import check_owner, check_owners, check_weights_metadata, read_metadata, repo_root
+from biomass_lib.kaggle_rules import (
+    check_licences,
+    check_owner,
+    check_owners,
+    check_weights_metadata,
+    read_metadata,
+    repo_root,
+    unknown_licences,
+)
 from .kernel import check_kernel
-from .submit import read_manifest
+from .submit import manifest_files, read_manifest
 from .tables import check_submission, image_ids_of, read_test
 
 # %% ../notebooks/73_client.ipynb #a5329576
@@ -242,7 +250,7 @@ def _weights_files(
 ) -> dict[str, int]:  # name: bytes of all that will be uploaded
     "Read the folder through. Raises ValueError for what does not belong there, and as `read_manifest` does."
     folder = Path(folder)
-    names = {entry["file"] for entry in read_manifest(folder)["models"]} | _DATASET_FILES
+    names = {facts["file"] for facts in manifest_files(read_manifest(folder))} | _DATASET_FILES
     unknown = sorted(path.name for path in folder.iterdir() if path.name not in names | _NOT_UPLOADED)
     if unknown:
         raise ValueError(f"{folder} holds {', '.join(unknown)}, which would be uploaded, too (or skipped); remove it")
@@ -351,10 +359,14 @@ def upload_weights(
     folder = Path(folder)
     try:
         metadata, files = read_metadata(folder / "dataset-metadata.json"), _weights_files(folder)
-        _refuse(check_owner("dataset-metadata.json", metadata) + check_weights_metadata(metadata))
+        manifest = read_manifest(folder)
+        problems = check_owner("dataset-metadata.json", metadata) + check_weights_metadata(metadata)
+        _refuse(problems + check_licences(metadata, manifest))
     except (OSError, ValueError) as error:
         _refuse([str(error)])
-    dataset, experiment = metadata["id"], read_manifest(folder)["experiment"]
+    for line in unknown_licences(manifest):
+        print(line)
+    dataset, experiment = metadata["id"], manifest["experiment"]
     before = _dataset_version(dataset, every=every)
     _send_weights(folder, dataset, before, message or experiment)
     return _wait_for_weights(dataset, before, files, every, limit)

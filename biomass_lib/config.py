@@ -98,7 +98,7 @@ class Config:
     pretrained: bool = True  # timm downloads the backbone's weights
     img_size: int = _number(768, least=32, most=8192)  # side in pixels to which each half (1000 x 1000) is resized
     targets: str = _choice("primary", "components", "ratios", "five")  # the masses that are learned
-    augment: tuple = _joined("reference")  # none, strong, or turns, reference, scale, crop, blur, oddities, swap
+    augment: tuple = _joined("reference")  # none, strong, or turns, reference, tone, scale, crop, blur, oddities, swap
     batch_size: int = _number(8, least=1, most=4096)  # photographs a step (twice as many halves)
     stage1_epochs: int = _number(20, least=0, most=100_000)  # epochs with the backbone frozen
     stage1_lr: float = _number(1e-3, above=0)  # peak learning rate of stage 1

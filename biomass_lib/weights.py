@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ import pandas as pd
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from .claims import Cell, cell_folder
 from .command import command, fold_name, user_path
-from .config import ALL, MACHINE_PARAMETERS, read_yaml
+from .config import ALL, MACHINE_PARAMETERS, Config, read_yaml
 from biomass_lib.evaluate import (
     WEIGHTED,
     ensemble_table,
@@ -39,6 +39,7 @@ from biomass_lib.evaluate import (
 )
 from biomass_lib.files import (
     file_damage,
+    file_facts,
     file_sha256,
     remove_abandoned,
     replace_atomically,
@@ -46,11 +47,27 @@ from biomass_lib.files import (
     write_file,
     write_json,
 )
-from .kaggle_rules import TEMPORARY_FOLDER, check_weights_folder, fill_user, read_metadata, repo_root
-from .models import load_model
+from biomass_lib.kaggle_rules import (
+    LICENCE_PAGES,
+    TEMPORARY_FOLDER,
+    check_licences,
+    check_weights_folder,
+    fill_user,
+    read_metadata,
+    repo_root,
+    unknown_licences,
+)
+from .models import load_model, state_sha256
 from .predict import DEFAULT_VIEWS, VIEWS, check_views, predict_masses
 from .report import read_report
-from .submit import MANIFEST_FORMAT, parse_manifest, read_manifest
+from biomass_lib.submit import (
+    MANIFEST_FORMAT,
+    SHARED_FORMAT,
+    load_member,
+    manifest_files,
+    parse_manifest,
+    read_manifest,
+)
 from .tables import read_train
 from .targets import TARGETS, weighted_r2
 from .text import markdown_text
@@ -102,21 +119,40 @@ def _describe_members(
     return text + f"; not done: {', '.join(lacking)}" * bool(lacking)
 
 # %% ../notebooks/71_weights.ipynb #be743d93
+def _stored_tensors(
+    source: Path,  # weights file
+    half: bool = False,  # tables as float16
+) -> Iterator[tuple[str, torch.Tensor]]:
+    "Read tensor by tensor, as it will be stored. Raises ValueError for numbers that do not fit."
+    with safe_open(source, "pt") as file:
+        names = file.keys()
+        for name in names:
+            tensor = file.get_tensor(name)
+            if half and tensor.dtype == torch.float32 and tensor.ndim >= 2:
+                tensor = tensor.half()
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{source}: {name} does not fit into half precision; leave --half out")
+            yield name, tensor
+
+
+def _weights_bytes(
+    source: Path,  # weights file
+    half: bool = False,  # tables as float16
+    without: Collection[str] = (),  # names of tensors to leave out
+) -> bytes:  # of a weights file
+    "Return the same weights, the spec in the header kept. Raises as `_stored_tensors` does."
+    with safe_open(source, "pt") as file:
+        header = file.metadata()
+    return save({name: t for name, t in _stored_tensors(source, half) if name not in without}, metadata=header)
+
+
 def half_bytes(
     source: Path,  # weights file
 ) -> bytes:  # of a weights file
     """Return the same weights with tables of float16, the spec in the header kept.
 
     Raises ValueError for numbers that do not fit."""
-    with safe_open(source, "pt") as file:
-        header = file.metadata()
-    state = load_file(source)
-    for name, tensor in state.items():
-        if tensor.dtype == torch.float32 and tensor.ndim >= 2:
-            state[name] = tensor.half()
-            if not torch.isfinite(state[name]).all():
-                raise ValueError(f"{source}: {name} does not fit into half precision; leave --half out")
-    return save(state, metadata=header)
+    return _weights_bytes(source, half=True)
 
 # %% ../notebooks/71_weights.ipynb #988761d1
 def _oofs(
@@ -204,6 +240,21 @@ def _published_params(
     runs = [{"weight": w, "params": params} for w, params in zip(weights, own, strict=True)]
     return shared, dict(zip(map(_run_name, run_dirs), runs, strict=True))
 
+# %% ../notebooks/71_weights.ipynb #fb72a748
+def _origin(
+    run_dir: Path,  # runs/<experiment>
+    backbone: str,  # timm name, of the models' spec
+) -> dict[str, str | None]:  # backbone, licence: timm's name of it, or unknown; None: trained from random numbers
+    "Say which pretrained backbone a run began with, and under which licence."
+    import timm
+
+    params = {name: getattr(Config, name) for name in ("pretrained", "backbone_weights")}
+    params |= read_yaml(run_dir / "params.yaml")
+    if not params["pretrained"] and not params["backbone_weights"]:
+        return {"backbone": backbone, "licence": None}
+    config = timm.get_pretrained_cfg(backbone, allow_unregistered=True)
+    return {"backbone": backbone, "licence": (config and config.license) or "unknown"}
+
 # %% ../notebooks/71_weights.ipynb #22f299e5
 def _weighted_mean(
     sidecars: list[dict[str, Any]],  # JSON of the weights
@@ -234,6 +285,9 @@ def _build_manifest(
     entries, sidecars = zip(*models, strict=True)
     shares = [entry["weight"] for entry in entries]
     shared, own = _published_params(list(runs), weights)
+    for run_dir in runs:
+        first = next(entry for entry in entries if entry["run"] == _run_name(run_dir))
+        own[_run_name(run_dir)] |= _origin(run_dir, first["spec"]["backbone"])
     return {
         "format": MANIFEST_FORMAT,
         "project": "biomass",
@@ -249,25 +303,67 @@ def _build_manifest(
 
 # %% ../notebooks/71_weights.ipynb #9dc5dd87
 def _copy_checked(
-    source: Path,  # weights of one fold
+    source: Path | bytes,  # a weights file, or what will be in one
     target: Path,  # in the weights folder
-    half: bool = False,  # in half precision
 ) -> None:
-    "Copy, hash the copy, rename. Raises OSError when the copy differs, and as `half_bytes` does."
+    "Copy, hash the copy, rename. Raises OSError when the copy differs."
     temporary = temporary_path(target, TEMPORARY_FOLDER)
     try:
-        if half:
-            content = half_bytes(source)
-            sha256 = hashlib.sha256(content).hexdigest()
-            temporary.write_bytes(content)
+        if isinstance(source, bytes):
+            sha256 = hashlib.sha256(source).hexdigest()
+            temporary.write_bytes(source)
         else:
             sha256 = file_sha256(source)
             shutil.copyfile(source, temporary)
         if file_sha256(temporary) != sha256:
-            raise OSError(f"the copy of {source} to {target.parent} differs from it; is the disk full or failing?")
+            raise OSError(f"{target} differs from what was written there; is the disk full or failing?")
         replace_atomically(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+# %% ../notebooks/71_weights.ipynb #fd0c306a
+_SAVES_BYTES, _SAVES_SHARE = 1_000_000, 0.05  # sharing has to save one or the other
+
+
+def _find_shared(
+    sources: dict[str, Path],  # name of a file of the dataset -> weights that it is made from
+    half: bool = False,  # whether they will be in half precision
+) -> dict[str, tuple[list[str], list[str]]]:  # name of a shared file -> files that need it, names of its tensors
+    "Find the tensors that several models have in common. Raises as `_stored_tensors` does."
+    holders, size, total = {}, {}, 0
+    for file, source in sources.items():
+        for name, tensor in _stored_tensors(source, half):
+            key = name, state_sha256({name: tensor})
+            holders.setdefault(key, []).append(file)
+            size[key] = tensor.nbytes
+            total += tensor.nbytes
+    groups = {}
+    for key, files in holders.items():
+        if len(files) > 1:
+            groups.setdefault(tuple(files), []).append(key)
+    shared = {}
+    for files, keys in groups.items():
+        saved = (len(files) - 1) * sum(size[key] for key in keys)
+        if saved >= min(_SAVES_BYTES, _SAVES_SHARE * total):
+            digest = hashlib.sha256("".join(sha256 for _, sha256 in sorted(keys)).encode()).hexdigest()
+            shared[f"shared_{digest[:12]}.safetensors"] = list(files), sorted(name for name, _ in keys)
+    return shared
+
+# %% ../notebooks/71_weights.ipynb #d5c7bafa
+def _sharing_lines(
+    manifest: dict[str, Any],  # with sizes
+) -> list[str]:  # none: nothing is shared
+    "Say which files models share, and how large the weights are without sharing and with it."
+    size_of = {facts["file"]: facts["size"] for facts in manifest_files(manifest)}
+    wanted = [name for entry in manifest["models"] for name in entry.get("shared", [])]
+    lines = [
+        f"{facts['file']} holds what {wanted.count(facts['file'])} networks have in common, "
+        f"{facts['size'] / 1e6:.1f} MB; without it they are incomplete"
+        for facts in manifest.get("shared", [])
+    ]
+    apart = sum(size_of[name] for name in (*wanted, *(entry["file"] for entry in manifest["models"])))
+    together = sum(size_of.values())
+    return lines and [*lines, f"all weights: {apart / 1e6:.1f} MB before sharing, {together / 1e6:.1f} MB after"]
 
 # %% ../notebooks/71_weights.ipynb #3d853ed8
 def _remove_temporary(
@@ -351,7 +447,7 @@ def _card_files(
         }
         for entry in manifest["models"]
     ]
-    return _markdown_table(rows)
+    return "\n".join([_markdown_table(rows), *[f"\n{markdown_text(line)}." for line in _sharing_lines(manifest)]])
 
 # %% ../notebooks/71_weights.ipynb #aa1913df
 def _card_training(
@@ -473,6 +569,9 @@ def _card_limits(
     return "\n".join(f"- {line[:1].upper()}{line[1:]}" for line in (*lines, *_LIMITS))
 
 # %% ../notebooks/71_weights.ipynb #ec593b8a
+_UNKNOWN = "not named by timm: look it up"
+
+
 def _card_licence(
     manifest: dict[str, Any],  # of the weights
     out: str | Path,  # the dataset's folder, with dataset-metadata.json
@@ -483,14 +582,11 @@ def _card_licence(
         text = f"These weights: {markdown_text(metadata['licenses'][0]['name'])}."
     except (OSError, ValueError, KeyError, IndexError):
         text = "These weights: not said; dataset-metadata.json would name a licence."
-    all_params = [manifest["params"] | run["params"] for run in manifest["runs"].values()]
-    for backbone in sorted({params.get("backbone", "") for params in all_params if params.get("pretrained")}):
-        import timm
-
-        origin = timm.get_pretrained_cfg(backbone)
-        licence = (origin and origin.license) or "not named by timm: look it up"
-        text += f" They were fine-tuned from weights of {markdown_text(backbone)}, whose licence goes along: "
-        text += f"{markdown_text(licence)}."
+    origins = {(run.get("backbone"), run["licence"]) for run in manifest["runs"].values() if run.get("licence")}
+    for backbone, licence in sorted(origins):
+        text += f" They were trained from weights of {markdown_text(backbone)}, whose licence goes along: "
+        text += markdown_text(_UNKNOWN if licence == "unknown" else licence)
+        text += f" ({LICENCE_PAGES[licence]})." if licence in LICENCE_PAGES else "."
     return text + " The photographs are not in here; their own terms are those of the place they come from."
 
 # %% ../notebooks/71_weights.ipynb #432ca4af
@@ -503,6 +599,7 @@ mass_N5 = predict_with_weights("path/to/this/dataset", ["photograph.jpg"])  # gr
 ```
 
 Without `biomass_lib`: each `.safetensors` is a state dict for the network that `spec` in the manifest describes."""
+_USE_SHARED = " To it belong the tensors in the files that `shared` in the manifest names."
 
 
 def _model_card(
@@ -523,7 +620,7 @@ def _model_card(
         "How good it is": "\n\n".join(scores),
         "Limits": "\n".join(limits),
         "Licence": _card_licence(manifest, out),
-        "Use": _USE,
+        "Use": _USE + (_USE_SHARED if manifest.get("shared") else ""),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     title = f"# Model card: {markdown_text(manifest['experiment'])}"
@@ -572,25 +669,50 @@ def _earlier_weights(
 ) -> set[str]:  # names
     "Return the weights that a sound manifest names and describes truly. Nothing else may be removed."
     try:
-        entries = parse_manifest(out / "manifest.json")["models"]
+        entries = manifest_files(parse_manifest(out / "manifest.json"))
     except (OSError, ValueError):
         return set()
     return {entry["file"] for entry in entries if not file_damage(out / entry["file"], entry)}
 
 # %% ../notebooks/71_weights.ipynb #a52e4ba9
-def _fill_folder(
-    out: Path,  # the dataset's folder
-    run_dirs: list[Path],  # runs/<experiment>, those of the manifest
-    manifest: dict[str, Any],  # as from _build_manifest; gains size and sha256
-) -> None:
-    "Copy the weights, remove those of an earlier assembly. Raises OSError when a copy differs."
-    folders, old_files = {_run_name(run_dir): run_dir for run_dir in run_dirs}, _earlier_weights(out)
+def _sources(
+    run_dirs: Iterable[Path],  # runs/<experiment>, those of the manifest
+    manifest: dict[str, Any],  # as from _build_manifest
+) -> dict[str, Path]:  # name of a file of the dataset -> weights of a fold or refit
+    "List where the files come from."
+    folders, sources = {_run_name(run_dir): run_dir for run_dir in run_dirs}, {}
     for entry in manifest["models"]:
         cell = Cell(ALL if entry["fold"] == "all" else entry["fold"], entry["seed"])
-        source = cell_folder(folders[entry["run"]], cell) / "weights.safetensors"
-        _copy_checked(source, out / entry["file"], entry["dtype"] == "float16")
-        entry |= {"size": (out / entry["file"]).stat().st_size, "sha256": file_sha256(out / entry["file"])}
-    for name in old_files - {entry["file"] for entry in manifest["models"]}:
+        sources[entry["file"]] = cell_folder(folders[entry["run"]], cell) / "weights.safetensors"
+    return sources
+
+
+def _fill_folder(
+    out: Path,  # the dataset's folder
+    sources: dict[str, Path],  # as from _sources
+    shared: dict[str, tuple[list[str], list[str]]],  # as from _find_shared
+    manifest: dict[str, Any],  # as from _build_manifest; gains the shared files, and size and sha256 of all
+) -> None:
+    "Copy the weights, shared ones first; remove those of an earlier assembly. Raises OSError when a copy differs."
+    old_files = _earlier_weights(out)
+    if shared:
+        manifest |= {"format": SHARED_FORMAT, "shared": []}
+    half = any(entry["dtype"] == "float16" for entry in manifest["models"])
+    for file, (files, names) in shared.items():
+        state = {name: tensor for name, tensor in _stored_tensors(sources[files[0]], half) if name in names}
+        _copy_checked(save(state), out / file)
+        manifest["shared"].append({"file": file, **file_facts(out / file)})
+    for entry in manifest["models"]:
+        file = entry["file"]
+        needed = [name for name, (files, _) in shared.items() if file in files]
+        elsewhere = {name for each in needed for name in shared[each][1]}
+        copied = _weights_bytes(sources[file], half, elsewhere) if half or needed else sources[file]
+        _copy_checked(copied, out / file)
+        entry |= file_facts(out / file)
+        if needed:
+            joined = state_sha256(dict(_stored_tensors(sources[file], half)))
+            entry |= {"shared": needed, "joined_sha256": joined}
+    for name in old_files - {facts["file"] for facts in manifest_files(manifest)}:
         (out / name).unlink(missing_ok=True)
 
 # %% ../notebooks/71_weights.ipynb #88a9b69e
@@ -599,7 +721,7 @@ def _check_assembled(
 ) -> None:
     "Check every file against the manifest and load every network. Raises ValueError, FileNotFoundError."
     for entry in read_manifest(out)["models"]:
-        load_model(out / entry["file"], entry["spec"])
+        load_member(out, entry)
 
 # %% ../notebooks/71_weights.ipynb #1d2c8356
 def choose_members(
@@ -632,8 +754,9 @@ def assemble_weights(
     runs = {run_dir: cells for run_dir, cells in runs.items() if shares[run_dir] > 0}
     shares = [shares[run_dir] for run_dir in runs]
     manifest = _build_manifest(runs, shares, half, _projection(runs, shares) if project else None, views)
-    files = [entry["file"] for entry in manifest["models"]]
-    problems = check_weights_folder(out, files)
+    sources = _sources(runs, manifest)
+    shared = _find_shared(sources, half)
+    problems = check_weights_folder(out, [*shared, *sources])
     if problems:
         raise ValueError("Kaggle would refuse this:\n" + "\n".join(problems))
     reports = {_run_name(run_dir): _report_on(run_dir, manifest) for run_dir in runs}
@@ -643,12 +766,12 @@ def assemble_weights(
         if half:
             facts["half"] = _half_change(run_dir, cells, data_dir)
     out.mkdir(parents=True, exist_ok=True)
-    _fill_folder(out, list(runs), manifest)
+    _fill_folder(out, sources, shared, manifest)
     write_file(out / "README.md", _model_card(manifest, reports, out=out), folder=TEMPORARY_FOLDER)
     write_json(manifest, out / "manifest.json", folder=TEMPORARY_FOLDER)
     _remove_temporary(out)
     _check_assembled(out)
-    others = sorted({path.name for path in out.glob("*.safetensors")} - set(files))
+    others = sorted({path.name for path in out.glob("*.safetensors")} - {*shared, *sources})
     if others:
         print(f"not of these runs, but would be uploaded: {', '.join(others)}")
     return manifest
@@ -662,10 +785,26 @@ def check_weights(
     if not (folder / "manifest.json").is_file():
         return []
     try:
-        files = [entry["file"] for entry in read_manifest(folder)["models"]]
+        manifest = read_manifest(folder)
     except (OSError, ValueError) as error:
         return [str(error)]
-    return check_weights_folder(folder, files)
+    problems = check_weights_folder(folder, [facts["file"] for facts in manifest_files(manifest)])
+    try:
+        return problems + check_licences(read_metadata(folder / "dataset-metadata.json"), manifest)
+    except (OSError, ValueError):
+        return problems  # they say it, or what reads the metadata does
+
+# %% ../notebooks/71_weights.ipynb #c5592172
+def _before_upload(
+    out: Path,  # the dataset's folder
+    manifest: dict[str, Any],
+) -> list[str]:  # lines
+    "List what is to be done before an upload: about licences, or a metadata file that is missing."
+    try:
+        problems = check_licences(read_metadata(out / "dataset-metadata.json"), manifest)
+    except (OSError, ValueError) as error:
+        problems = [str(error)]
+    return [f"before an upload: {line}" for line in (*problems, *unknown_licences(manifest))]
 
 # %% ../notebooks/71_weights.ipynb #b7e101c5
 @command("biomass_weights")
@@ -697,6 +836,8 @@ def weights_main(
     manifest = assemble_weights(runs, out, args.weights, **options)
     for run_dir, cells in runs.items():
         print(_describe_members(run_dir, cells))
+    if lines := _sharing_lines(manifest):
+        print("\n".join(lines))
     for entry in manifest["models"]:
         score = "" if entry["score"] is None else f"  score {entry['score']:.3f}"
         size = f"{entry['size'] / 1e6:.1f} MB"
@@ -705,7 +846,5 @@ def weights_main(
         print(_gain_sentence(runs))
     if args.half:
         print("\n".join(_card_half(manifest)).strip())
-    try:
-        read_metadata(out / "dataset-metadata.json")
-    except FileNotFoundError as error:
-        print(f"before an upload: {error}")
+    for line in _before_upload(out, manifest):
+        print(line)

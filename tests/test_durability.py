@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from biomass_lib.models import create_model, save_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -172,7 +175,8 @@ import hashlib, json
 
 def check(view, events):
     if "manifest.json" in view:
-        for entry in json.loads(view["manifest.json"])["models"]:
+        manifest = json.loads(view["manifest.json"])
+        for entry in [*manifest["models"], *manifest.get("shared", [])]:
             assert hashlib.sha256(view[entry["file"]]).hexdigest() == entry["sha256"], (entry["file"], events[-12:])
     for name, data in view.items():
         assert data, (f"{name} is there, its content is not", events[-12:])
@@ -193,5 +197,24 @@ def test_power_cut_at_any_moment_of_assembling_weights(home: Path):
     names = [event[-1] for event in events if event[0] == "replace"]
     assert names == ["two_fold0.safetensors", "two_fold1.safetensors", "README.md", "manifest.json"]
     manifest = json.loads((home / "weights/manifest.json").read_text())
+    assert manifest["format"] == 2 and "shared" not in manifest  # there was nothing to share
     for entry in manifest["models"]:
         assert hashlib.sha256((home / "weights" / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/fd")
+def test_power_cut_at_any_moment_of_assembling_shared_weights(home: Path):
+    run_dir = home / "runs/one_backbone"
+    run_dir.mkdir()
+    (run_dir / "folds.csv").write_text("image_id,Sampling_Date,fold\na,2015-09-04,0\nb,2015-09-05,1\n")
+    (run_dir / "params.yaml").write_text("experiment: one_backbone\nimg_size: 64\n")
+    model = create_model("two_stream", backbone="test_resnet", img_size=64)
+    for fold in (0, 1):
+        torch.nn.init.normal_(model.heads.layers[0][-1].weight)
+        save_weights(model, run_dir / f"fold{fold}/weights.safetensors", fold=fold, train_mean_g=[26, 12, 7, 33, 45])
+        (run_dir / f"fold{fold}/done.json").write_text("{}")
+    events = recorded(home, WEIGHTS, str(home / "shared_weights"), "runs/one_backbone")
+    names = [event[-1] for event in events if event[0] == "replace"]
+    manifest = json.loads((home / "shared_weights/manifest.json").read_text())
+    own = ["one_backbone_fold0.safetensors", "one_backbone_fold1.safetensors"]
+    assert names == [manifest["shared"][0]["file"], *own, "README.md", "manifest.json"]

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from kaggle_server import USER, kaggle_site
 from patience import PATIENCE
 
 from biomass_lib import kernel
+from biomass_lib.client import NotDone, upload_weights
 from biomass_lib.demo import render_dataset
 from biomass_lib.device import cpu_has_bf16
 from biomass_lib.files import file_facts
 from biomass_lib.kaggle_rules import fill_user, repo_root
-from biomass_lib.models import create_model, save_weights
+from biomass_lib.models import create_model, load_model, save_weights
 from biomass_lib.predict import predict_masses
 from biomass_lib.submit import find_inputs, load_ensemble, make_submission, read_manifest, walk_folders
 from biomass_lib.targets import TARGETS
@@ -58,6 +60,7 @@ def write_run(
     run_dir: Path,  # to be made
     n_folds: int = 2,  # models
     backbones: tuple[str, ...] = ("test_resnet",),  # taken in turn
+    frozen: bool = False,  # all on the same backbone weights
 ) -> None:
     "A run folder as training leaves it, with random networks, small unless told otherwise."
     run_dir.mkdir(parents=True)
@@ -65,12 +68,16 @@ def write_run(
     folds = pd.DataFrame({"image_id": ids, "Sampling_Date": "2015-09-04", "fold": np.arange(len(ids)) % n_folds})
     folds.to_csv(run_dir / "folds.csv", index=False)
     (run_dir / "params.yaml").write_text("experiment: tiny\nimg_size: 96\n")
+    first = None
     for fold in range(n_folds):
         torch.manual_seed(fold)
         clean = "both" if fold else "none"  # the kernel has to do to each model's photographs what training did
         name = ("two_stream", "dinov2_tiled", "dense")[fold % 3]  # an ensemble may mix them
         backbone = backbones[fold % len(backbones)]
         model = create_model(name, backbone=backbone, img_size=96, mean_g=(26.6, 12.0, 6.7, 33.3, 45.3), clean=clean)
+        if frozen:
+            first = first or model.backbone.state_dict()
+            model.backbone.load_state_dict(first)
         for layers in model.heads.layers:
             torch.nn.init.normal_(layers[-1].weight, std=2.0)  # zero at the start: every answer would be the mean
         fold_dir = run_dir / f"fold{fold}"
@@ -306,6 +313,42 @@ def test_damaged_weights_stop_the_kernel(stage, bare_python, tmp_path):
     assert ran.returncode != 0
     assert "tiny_fold1.safetensors has another sha256" in ran.stderr
     assert not (tmp_path / "working" / "submission.csv").exists()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_five_members_on_one_backbone(stage, bare_python, tmp_path, half, capsys):
+    "The kernel joins what they share, predicts what the run folder's models do, and needs the shared file."
+    run_dir, weights = tmp_path / "runs" / "frozen", tmp_path / "weights"
+    write_run(run_dir, 5, frozen=True)
+    weights_main([str(run_dir), "--out", str(weights), "--views", "identity", *["--half"] * half])
+    said = re.search(r"all weights: ([\d.]+) MB before sharing, ([\d.]+) MB after", capsys.readouterr().out)
+    shared = sorted(weights.glob("shared_*.safetensors"))
+    whole = sum(path.stat().st_size for path in run_dir.glob("*/weights.safetensors")) / 1e6
+    now = sum(path.stat().st_size for path in weights.glob("*.safetensors")) / 1e6
+    assert abs(float(said[2]) - now) < 0.06 and abs(float(said[1]) - whole / (1.95 if half else 1)) < 0.2
+    assert len(shared) >= 1 and now < 0.6 * whole
+    write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 3)
+    inputs = mount(tmp_path / "input", "new", tmp_path / "data", weights)
+    ran = rehearse(bare_python, stage / "inference.ipynb", inputs, tmp_path / "working")
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    theirs = pd.read_csv(tmp_path / "working" / "submission.csv")
+    given = dict(zip(theirs["sample_id"], theirs["target"], strict=True))
+    paths = sorted((tmp_path / "data" / "test").glob("*.jpg"))
+    models = [load_model(path) for path in sorted(run_dir.glob("*/weights.safetensors"))]
+    expected_N5 = predict_masses(models, paths, views=("identity",), device="cpu")
+    found_N5 = [[given[f"{path.stem}__{name}"] for name in TARGETS] for path in paths]
+    np.testing.assert_allclose(found_N5, expected_N5, atol=0.2 if half else 1e-4)
+    data_dir, weights_dir = find_inputs(inputs)
+    common = weights_dir / shared[0].name
+    for content, words in ((common.read_bytes()[:-1], "bytes, manifest.json says"), (None, "is not there")):
+        common.unlink()
+        if content:
+            common.write_bytes(content)
+        with pytest.raises((ValueError, FileNotFoundError), match=f"{common.name}.*{words}"):
+            make_submission(data_dir, weights_dir, tmp_path / "submission.csv", devices=["cpu"])
+    ran = rehearse(bare_python, stage / "inference.ipynb", inputs, tmp_path / "again")
+    assert ran.returncode != 0 and f"{common.name} is named in manifest.json but is not there" in ran.stderr
+    assert not (tmp_path / "again" / "submission.csv").exists() and not (tmp_path / "submission.csv").exists()
 
 
 def test_two_data_folders_stop_with_the_tree(stage, tmp_path):
@@ -557,6 +600,29 @@ def test_check_reads_the_assembled_weights(stage, tmp_path):
         with pytest.raises(SystemExit, match="tiny_fold1.safetensors has another sha256"):
             kernel.kernel_main(["--check"])
         kernel.kernel_main([])  # `make check` builds where the weights are not
+
+
+def test_a_licence_that_the_dataset_cannot_carry(stage, tmp_path, capsys):
+    "The weights come from DINOv3, the metadata says apache-2.0: refused before a push, until it says other."
+    copy = copy_repository(tmp_path / "copy")
+    fill_user(copy, USER)
+    weights = copy / "kaggle" / "weights"
+    with contextlib.chdir(copy):
+        weights_main([str(stage / "runs" / "tiny")])
+        kernel.kernel_main([])
+        manifest = json.loads((weights / "manifest.json").read_text(encoding="utf-8"))
+        assert manifest["runs"]["tiny"]["licence"] == "apache-2.0"
+        origin = {"backbone": "vit_large_patch16_dinov3", "licence": "dinov3-license"}
+        manifest["runs"]["tiny"] |= origin
+        (weights / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        with pytest.raises(SystemExit, match="apache-2.0, but the weights come from vit_large_patch16_dinov3"):
+            kernel.kernel_main(["--check"])
+        with pytest.raises(NotDone, match='"licenses": \\[{"name": "other"}\\].*nothing was sent'):
+            upload_weights(weights)
+        path = weights / "dataset-metadata.json"
+        remedied = {"licenses": [{"name": "other"}], "description": "dinov3-license"}
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | remedied), encoding="utf-8")
+        kernel.kernel_main(["--check"])
 
 
 def test_no_dataset_metadata(stage, tmp_path, capsys):

@@ -94,7 +94,7 @@ print(f"views {', '.join(manifest['views'])}; {'with' if manifest['projection'] 
 models = pd.DataFrame(manifest["models"])
 for name in ("name", "backbone", "targets", "img_size", "clean"):
     models[name] = [spec[name] for spec in models["spec"]]
-models.drop(columns=["spec", "sha256"])
+models.drop(columns=["spec", "sha256", "joined_sha256"], errors="ignore")
 
 # %% [markdown]
 # ## The devices
