@@ -66,6 +66,7 @@ _FOLDER = (
     "no slash, line break or other invisible character"
 )
 _IDS = "image ids: quote those that are only digits"
+_AUX = ("ndvi", "height", "species", "state", "intervals", "five_intervals")
 
 
 def _is_folder(name: str) -> bool:
@@ -126,7 +127,7 @@ class Config:
     fuse: str = _choice("mean", "concat", "cross")  # the halves; cross needs two_stream, and a pool that is not timm
     grid: int = _number(2, least=1, most=1000)  # dinov2_tiled: tiles along each side of a half
     film: str = _choice("cross", "identity")  # dinov2_tiled: tiles modulated by the other half, or not at all
-    aux: tuple = _joined(choices=("ndvi", "height", "species", "state", "intervals"))  # also predicted in training
+    aux: tuple = _joined(choices=_AUX)  # also predicted in training
     aux_weight: float = _number(0.1, least=0)  # their weight in the loss
     condition: bool = False  # FiLM by what aux predicts (two_stream, dinov2_tiled)
     lora_rank: int = _number(0, least=0, most=1000)  # of changes to a transformer's weights; 0: off; needs extra lora

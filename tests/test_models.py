@@ -22,6 +22,7 @@ from biomass_lib.targets import TARGETS, primary_to_all
 PARAMS = Path(__file__).parent.parent / "notebooks" / "params"
 MEAN_G = (26.6, 12.0, 6.7, 33.3, 45.3)
 KNOWN = {"height": [8.0, 4.0], "ndvi": [0.6, 0.1], "state": ["Tas", "WA"], "intervals": [30.0, 50.0]}
+KNOWN |= {"five_intervals": [[0.0, 20.0], [0.0, 9.0], [0.0], [12.0, 30.0], [30.0, 50.0]]}
 VARIANTS = {
     "two_stream": {},
     "two_stream, components": {"targets": "components"},
@@ -227,9 +228,12 @@ def test_parameter_files_build_their_model(path: Path):
 def test_auxiliary_heads_know_the_training_data():
     "Built from a table, they are in the spec and come back from it."
     table = pd.DataFrame({"State": ["WA", "Tas"], "Height_Ave_cm": [3.0, 9.0], "Dry_Total_g": [20.0, 60.0]})
-    spec = aux_spec(("state", "height", "intervals"), table)
+    table = table.assign(Dry_Green_g=[0.0, 30.0], Dry_Dead_g=[5.0, 9.0], Dry_Clover_g=0.0, GDM_g=[0.0, 30.0])
+    names = ("state", "height", "intervals", "five_intervals")
+    spec = aux_spec(names, table)
     model = create_model("two_stream", backbone="test_resnet", img_size=64, aux=spec)
-    assert model.spec["aux"]["state"] == ["Tas", "WA"] and set(model.aux.layers) == {"state", "height", "intervals"}
+    assert model.spec["aux"]["state"] == ["Tas", "WA"] and set(model.aux.layers) == set(names)
+    assert model.spec["aux"]["five_intervals"][2] == [0.0]  # no clover anywhere: nobody is in the second range
 
 
 SLOW_TO_LEARN = [pytest.param(name, marks=pytest.mark.slow) for name in ("dinov2_tiled", "dense")]
