@@ -73,7 +73,7 @@ class MassHeads(nn.Module):
     def __init__(
         self,
         width: int,  # of the features
-        hidden_ratio: float = 0.25,  # hidden width as a share of it
+        hidden_ratio: float = 0.25,  # hidden width as a share of it; 0: no hidden layer
         dropout: float = 0.30,  # before the last layer
         mean_g: tuple[float, ...] = (1.0,) * 5,  # training means, grams, order of TARGETS
         targets: str = "primary",  # as for _MassOutput
@@ -81,10 +81,11 @@ class MassHeads(nn.Module):
         super().__init__()
         self.output = _MassOutput(targets, mean_g)
         hidden = max(1, round(width * hidden_ratio))
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1))
-            for _ in range(self.output.width)
-        )
+        self.layers = nn.ModuleList()
+        for _ in range(self.output.width):
+            first = [nn.Linear(width, hidden), nn.ReLU()] if hidden_ratio else []
+            last = nn.Linear(hidden if hidden_ratio else width, 1)
+            self.layers.append(nn.Sequential(*first, nn.Dropout(dropout), last))
         for layers in self.layers:
             nn.init.zeros_(layers[-1].weight)
             nn.init.zeros_(layers[-1].bias)

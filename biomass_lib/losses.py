@@ -16,20 +16,44 @@ from torch import nn
 from .heads import MEASURED, NAMED, class_groups, labels_of
 from .targets import PRIMARY, TARGETS, WEIGHTS
 
+# %% ../notebooks/23_losses.ipynb #6f4c8065
+def _huber(
+    error_B5: torch.Tensor,  # scaled
+    beta: float,  # scaled: where square turns into linear
+) -> torch.Tensor:  # parts_5
+    "Compute torch's smooth L1, half the square over beta, then linear with slope 1; the mean over the batch."
+    return F.huber_loss(error_B5, torch.zeros_like(error_B5), delta=beta, reduction="none").mean(dim=0) / beta
+
+
+def _tolerance_g(
+    true_B5: torch.Tensor,  # grams
+) -> torch.Tensor:  # free_B5, grams
+    "Compute the errors that cost nothing: 1 g up to 20 g, above that a tenth of the mass, at most 5 g."
+    return torch.where(true_B5 <= 20, 1.0, (0.1 * true_B5).clamp(max=5.0))
+
+
+def _imbalance_g(
+    mass_B5: torch.Tensor,  # grams, order of TARGETS
+) -> torch.Tensor:  # missing_B, grams
+    "Compute how far sums are from their parts."
+    green, dead, clover, gdm, total = mass_B5.unbind(-1)
+    return (gdm - green - clover).abs() + (total - gdm - dead).abs()
+
 # %% ../notebooks/23_losses.ipynb #a5d1b762
-LOSSES = ("huber", "mse")
+LOSSES = ("huber", "mse", "eps")
 _LOSS_OVER = {"primary": PRIMARY, "all": TARGETS}
 
 
 class MassLoss(nn.Module):
-    "Compute a weighted Huber or squared loss over masses. Raises ValueError for an unknown kind."
+    "Compute a weighted loss over masses. Raises ValueError for an unknown kind."
 
     def __init__(
         self,
         scale_g: float,  # grams that count as 1
         beta_g: float = 10.0,  # of huber: grams of error where square turns into linear
-        kind: str = "huber",  # huber or mse
+        kind: str = "huber",  # huber, mse or eps
         over: str = "primary",  # primary or all: the masses that count
+        consistency: float = 0.0,  # weight of the grams that sums lack of their parts
     ):
         super().__init__()
         if kind not in LOSSES or over not in _LOSS_OVER:
@@ -41,7 +65,7 @@ class MassLoss(nn.Module):
         )
         self.register_buffer("weight_5", weight_5 / weight_5.sum())
         self.primary = [TARGETS.index(name) for name in PRIMARY]
-        self.scale_g, self.beta_g, self.kind = float(scale_g), float(beta_g), kind
+        self.scale_g, self.beta_g, self.kind, self.consistency = float(scale_g), float(beta_g), kind, consistency
 
     def forward(
         self,
@@ -52,12 +76,14 @@ class MassLoss(nn.Module):
         error_B5 = (pred_B5 - true_B5) / self.scale_g
         if self.kind == "mse":
             parts_5 = error_B5.square().mean(dim=0) / 2
+        elif self.kind == "eps":
+            parts_5 = F.relu(error_B5.abs() - _tolerance_g(true_B5) / self.scale_g).mean(dim=0)
         else:
-            beta = self.beta_g / self.scale_g
-            parts_5 = (
-                F.huber_loss(error_B5, torch.zeros_like(error_B5), delta=beta, reduction="none").mean(dim=0) / beta
-            )
-        return (parts_5 * self.weight_5).sum(), parts_5[self.primary].detach()
+            parts_5 = _huber(error_B5, self.beta_g / self.scale_g)
+        loss = (parts_5 * self.weight_5).sum()
+        if self.consistency:
+            loss = loss + self.consistency * _imbalance_g(pred_B5).mean() / self.scale_g
+        return loss, parts_5[self.primary].detach()
 
 # %% ../notebooks/23_losses.ipynb #46c01a3f
 def _scaled_labels(

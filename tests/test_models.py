@@ -41,6 +41,10 @@ VARIANTS = {
     "dense, components": {"targets": "components"},
     "dense, ratios": {"targets": "ratios"},
     "dense, aux": {"aux": KNOWN},
+    "dense, linear": {"hidden_ratio": 0.0, "targets": "five"},
+    "dense, apart": {"halves": "apart", "hidden_ratio": 0.0, "targets": "components", "aux": KNOWN},
+    "two_stream, linear": {"hidden_ratio": 0.0},
+    "dinov2_tiled, linear, five": {"hidden_ratio": 0.0, "targets": "five"},
 }
 FAMILIES = [
     "resnet18",
@@ -94,7 +98,10 @@ def test_learns_all_of_itself_and_comes_back(name: str, backbone: str, tmp_path:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 80)
     for _ in range(80):  # as many as the running statistics of batch norms need
         said = model.train().outputs(model.features(halves_B2CHW))
-        loss = (said.pop("mass_5") - true_B5).square().mean() + sum(value.square().mean() for value in said.values())
+        assert ("half_mass_25" in said) == (VARIANTS[name].get("halves") == "apart")
+        half_B25 = said.pop("half_mass_25", said["mass_5"].unsqueeze(1))
+        loss = (half_B25 - true_B5.unsqueeze(1)).square().mean()
+        loss = loss + sum(value.square().mean() for name, value in said.items() if name != "mass_5")
         optimizer.zero_grad()
         loss.backward()
         for path, p in model.named_parameters():
