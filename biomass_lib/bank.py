@@ -50,7 +50,7 @@ def _recipe_key(
     dtype: torch.dtype | None,  # of autocast
 ) -> str:
     "Hash what features depend on, but for the photograph."
-    heads = ("hidden_ratio", "dropout", "targets", "aux", "fuse", "condition", "film")
+    heads = ("hidden_ratio", "dropout", "targets", "aux", "fuse", "condition", "film", "halves")
     recipe = {name: value for name, value in model.spec.items() if name not in heads}
     recipe |= {"format": _BANK_FORMAT, "weights": weights_digest(model.backbone), "dtype": str(dtype), "draws": draws}
     recipe |= {"augment": getattr(dataset.augment, "name", ""), "seed": dataset.seed if dataset.augment else 0}

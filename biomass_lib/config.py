@@ -60,12 +60,13 @@ def _path(default: str) -> Any:
     return dataclasses.field(default=default, metadata={"path": True})
 
 # %% ../notebooks/05_config.ipynb #1fc0aadf
-_UNFREEZE = "all, gradual, or last and a number of layers above 0, such as last4"
+_UNFREEZE = "all, gradual, or gradual or last and a number of layers above 0, such as gradual12 or last4"
 _FOLDER = (
     "a folder name of at most 100 characters (200 bytes in UTF-8): no hyphen or point first, no space at an end, "
     "no slash, line break or other invisible character"
 )
 _IDS = "image ids: quote those that are only digits"
+_AUX = ("ndvi", "height", "species", "state", "intervals", "five_intervals")
 
 
 def _is_folder(name: str) -> bool:
@@ -75,7 +76,7 @@ def _is_folder(name: str) -> bool:
 
 
 def _is_unfreeze(text: str) -> bool:
-    return re.fullmatch("all|gradual|last[1-9][0-9]*", text) is not None
+    return re.fullmatch("all|gradual|(gradual|last)[1-9][0-9]*", text) is not None
 
 
 def _are_ids(values: tuple) -> bool:
@@ -106,7 +107,7 @@ class Config:
     stage2_epochs: int = _number(15, least=0, most=100_000)  # epochs with everything trained
     stage2_lr: float = _number(1e-5, above=0)  # peak learning rate of the backbone in stage 2
     head_lr: float = _number(1e-4, least=0)  # and of everything else; 0: stage2_lr
-    loss: str = _choice("huber", "mse")
+    loss: str = _choice("huber", "mse", "eps")  # eps: errors up to 1 g are free, above 20 g a tenth, at most 5 g
     keep: str = _choice("last", "best")  # the weights of the last epoch, or of the one with the best held-out score
     amp: str = _choice("auto", "bf16", "fp16", "off")  # mixed precision
     wandb: bool = False  # log to Weights & Biases too, in addition to metrics.csv
@@ -120,25 +121,28 @@ class Config:
     mix: float = _number(0.0, least=0, most=1)  # share of photographs with another's right half; masses are averaged
     # advanced: model
     backbone_weights: str = _path("")  # a local file of backbone weights instead of the download
-    hidden_ratio: float = _number(0.25, above=0)  # width of the heads' hidden layer as a share of the feature width
+    hidden_ratio: float = _number(0.25, least=0)  # hidden width of the heads as a share of the features'; 0: none
     dropout: float = _number(0.30, least=0, below=1)  # in the heads
     pool: str = _choice("timm", "mean", "max_mean", "gem", "attention")  # two_stream; timm is the backbone's own
     fuse: str = _choice("mean", "concat", "cross")  # the halves; cross needs two_stream, and a pool that is not timm
     grid: int = _number(2, least=1, most=1000)  # dinov2_tiled: tiles along each side of a half
     film: str = _choice("cross", "identity")  # dinov2_tiled: tiles modulated by the other half, or not at all
-    aux: tuple = _joined(choices=("ndvi", "height", "species", "state", "intervals"))  # also predicted in training
+    halves: str = _choice("together", "apart")  # dense: in training each half is a sample, with half of the masses
+    aux: tuple = _joined(choices=_AUX)  # also predicted in training
     aux_weight: float = _number(0.1, least=0)  # their weight in the loss
     condition: bool = False  # FiLM by what aux predicts (two_stream, dinov2_tiled)
     lora_rank: int = _number(0, least=0, most=1000)  # of changes to a transformer's weights; 0: off; needs extra lora
     # advanced: training
     loss_over: str = _choice("primary", "all")  # all: the five masses
     loss_beta_g: float = _number(10.0, above=0)  # grams of error at which the Huber loss turns from square to linear
+    consistency: float = _number(0.0, least=0)  # weight of the grams that sums lack of their parts; five targets only
     weight_decay: float = _number(0.01, least=0)  # AdamW; not on biases and norms
     warmup: float = _number(0.1, least=0, below=1)  # share of each stage's steps in which the learning rate rises
     grad_clip: float = _number(1.0, least=0)  # largest norm of the gradient; 0 is off
     accumulate: int = _number(1, least=1, most=100_000)  # batches summed up into one step of the optimizer
     batch_norm: str = _choice("auto", "kept", "trained")  # the backbone's statistics; auto: kept where it's pretrained
-    unfreeze: str = _checked("all", _is_unfreeze, _UNFREEZE)  # in stage 2: all, gradual (over half of it), or last4
+    unfreeze: str = _checked("all", _is_unfreeze, _UNFREEZE)  # stage 2: all, gradual (in half of it), gradual12, last4
+    backbone_schedule: str = _choice("cosine", "rising")  # stage 2; rising: from a third of stage2_lr to all of it
     layer_decay: float = _number(1.0, above=0, most=1)  # of learning rates, from each layer to the one below; 1 is off
     ema_decay: float = _number(0.0, least=0, below=1)  # average of weights, validated and kept instead; 0 is off
     swa_epochs: int = _number(0, least=0)  # last epochs whose weights are averaged and kept instead; 0 is off
@@ -282,11 +286,23 @@ def _conflicts(
     yield "mix", both, "0 with aux: halves of two photographs have two heights, species and States"
     unlearned = c.loss_over == "primary" and c.targets == "five"
     yield "loss_over", unlearned, "all where targets = five, or two of the five masses would never be learned"
+    yield "consistency", c.consistency > 0 and c.targets != "five", "0 unless targets = five: others have it built in"
+    beta = c.loss == "eps" and c.loss_beta_g != Config.loss_beta_g
+    yield "loss_beta_g", beta, f"{Config.loss_beta_g} with loss = eps, which has no use for it"
+    apart = c.halves == "apart"
+    yield "halves", apart and c.model != "dense", "together unless model = dense"
+    yield (
+        "mix",
+        apart and c.mix > 0,
+        "0 with halves = apart: a half would be compared with the masses of two photographs",
+    )
+    unused = c.backbone_schedule == "rising" and c.stage2_epochs == 0
+    yield "backbone_schedule", unused, "cosine with stage2_epochs = 0, in which no backbone is trained"
     yield "swa_epochs", c.swa_epochs > c.stage2_epochs, "at most stage2_epochs"
     averaged = bool(c.swa_epochs and (c.ema_decay or c.early_stopping_patience))
     yield "swa_epochs", averaged, "0 with ema_decay, or with early_stopping_patience: it may stop before"
 
-
+# %% ../notebooks/05_config.ipynb #186be1e9
 def _check_config(
     config: Config,  # as just built
 ) -> None:

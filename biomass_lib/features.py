@@ -272,7 +272,7 @@ def _train_heads(
             nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
             optimizer.step()
     for layers in heads.layers:
-        layers[0].weight.data /= size
+        next(layer for layer in layers if isinstance(layer, nn.Linear)).weight.data /= size
     return heads.eval().requires_grad_(False)
 
 # %% ../notebooks/54_features.ipynb #36e00341

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEARNED', 'POOLS', 'FUSIONS', 'MEASURED', 'NAMED', 'AUXILIARY', 'MassHeads', 'TokenPool', 'Fusion', 'Film',
-           'labels_of', 'aux_spec', 'AuxHeads']
+           'labels_of', 'aux_spec', 'class_groups', 'AuxHeads']
 
 # %% ../notebooks/21_heads.ipynb #6cf47431
 import math
@@ -73,7 +73,7 @@ class MassHeads(nn.Module):
     def __init__(
         self,
         width: int,  # of the features
-        hidden_ratio: float = 0.25,  # hidden width as a share of it
+        hidden_ratio: float = 0.25,  # hidden width as a share of it; 0: no hidden layer
         dropout: float = 0.30,  # before the last layer
         mean_g: tuple[float, ...] = (1.0,) * 5,  # training means, grams, order of TARGETS
         targets: str = "primary",  # as for _MassOutput
@@ -81,10 +81,11 @@ class MassHeads(nn.Module):
         super().__init__()
         self.output = _MassOutput(targets, mean_g)
         hidden = max(1, round(width * hidden_ratio))
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1))
-            for _ in range(self.output.width)
-        )
+        self.layers = nn.ModuleList()
+        for _ in range(self.output.width):
+            first = [nn.Linear(width, hidden), nn.ReLU()] if hidden_ratio else []
+            last = nn.Linear(hidden if hidden_ratio else width, 1)
+            self.layers.append(nn.Sequential(*first, nn.Dropout(dropout), last))
         for layers in self.layers:
             nn.init.zeros_(layers[-1].weight)
             nn.init.zeros_(layers[-1].bias)
@@ -201,28 +202,42 @@ class Film(nn.Module):
 # %% ../notebooks/21_heads.ipynb #b165e74d
 MEASURED = {"ndvi": "Pre_GSHH_NDVI", "height": "Height_Ave_cm"}
 NAMED = {"species": "Species", "state": "State"}
-AUXILIARY = (*MEASURED, *NAMED, "intervals")
+_BINNED = {"intervals": "Dry_Total_g", "five_intervals": list(TARGETS)}
+AUXILIARY = (*MEASURED, *NAMED, *_BINNED)
 
 
 def labels_of(
     table: Any,  # photographs, a data frame
     name: str,  # from AUXILIARY
-) -> Any:  # series of text for NAMED, of finite numbers otherwise; None or NaN where there is no label
+) -> Any:  # text for NAMED, finite numbers otherwise, None or NaN: no label; a series, for five_intervals a data frame
     "Read the labels of an auxiliary task. Raises ValueError for a missing column."
-    column = (MEASURED | NAMED | {"intervals": "Dry_Total_g"})[name]
-    if column not in table:
-        raise ValueError(f"aux = {name} needs the column {column} in the training table")
+    columns = (MEASURED | NAMED | _BINNED)[name]
+    for column in [columns] if isinstance(columns, str) else columns:
+        if column not in table:
+            raise ValueError(f"aux = {name} needs the column {column} in the training table")
     if name not in NAMED:
-        return table[column].astype(float).replace([math.inf, -math.inf], math.nan)
-    text = table[column].astype(object)
+        return table[columns].astype(float).replace([math.inf, -math.inf], math.nan)
+    text = table[columns].astype(object)
     return text.where(text.notna() & (text.astype(str).str.strip() != ""))
+
+# %% ../notebooks/21_heads.ipynb #2392b5ca
+def _inner_edges(
+    grams_N: Any,  # training values, a series
+    intervals: int,  # ranges wanted
+    zero_apart: bool = False,  # exactly 0 g is a range of its own, where there are zeros
+) -> list[float]:  # ascending, hundredths of a gram
+    "Compute the edges between ranges that are equally full, leaving out those that coincide."
+    zeros = [0.0] if zero_apart and (grams_N == 0).any() else []
+    filled_N, ranges = (grams_N[grams_N != 0], intervals - 1) if zeros else (grams_N, intervals)
+    edges = filled_N.quantile([i / ranges for i in range(1, ranges)]).dropna()  # NaN: nothing but zeros
+    return sorted({*zeros, *edges.round(2).tolist()})
 
 # %% ../notebooks/21_heads.ipynb #99ff7eac
 def aux_spec(
     names: Iterable[str] | str,  # from AUXILIARY; as text joined by +
     table: Any,  # training photographs, a data frame
     intervals: int = 8,  # ranges of the total
-) -> dict[str, list]:  # name -> mean and spread, classes, or inner edges in grams: what the heads are built from
+) -> dict[str, list]:  # name -> mean and spread, classes, or inner edges in grams (five_intervals: of each mass)
     """Collect what auxiliary heads have to know about the training data, from the photographs that have a label.
 
     Raises ValueError for unknown names, missing columns, and columns without a label."""
@@ -239,10 +254,21 @@ def aux_spec(
             spec[name] = [float(known.mean()), max(float(known.std(ddof=min(1, len(known) - 1))), 1e-6)]
         elif name in NAMED:
             spec[name] = sorted(set(known))
+        elif name == "five_intervals":
+            spec[name] = [_inner_edges(known[mass], 7, zero_apart=True) for mass in TARGETS]
         else:
-            edges = known.quantile([i / intervals for i in range(1, intervals)])
-            spec[name] = sorted(set(edges.round(2).tolist()))
+            spec[name] = _inner_edges(known, intervals)
     return spec
+
+# %% ../notebooks/21_heads.ipynb #2bcf3775
+def class_groups(
+    name: str,  # of a task that is no measured one
+    known: list,  # of `aux_spec`
+) -> list[int]:  # numbers of classes, of each question that the task asks
+    "Count the classes of a task: one question, or five in `five_intervals`."
+    if name == "five_intervals":
+        return [len(edges) + 1 for edges in known]
+    return [len(known) + (name == "intervals")]
 
 # %% ../notebooks/21_heads.ipynb #8c34b04d
 class AuxHeads(nn.Module):
@@ -256,7 +282,8 @@ class AuxHeads(nn.Module):
     ):
         super().__init__()
         self.spec = spec
-        sizes = {name: 1 if name in MEASURED else len(known) + (name == "intervals") for name, known in spec.items()}
+        self.groups = {name: class_groups(name, known) for name, known in spec.items() if name not in MEASURED}
+        sizes = {name: sum(self.groups.get(name, [1])) for name in spec}
         self.layers = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         if condition and not sizes:
             raise ValueError("condition = True needs something to be predicted: set aux, such as height+species")
@@ -269,5 +296,8 @@ class AuxHeads(nn.Module):
         outputs = {name: layer(features_BD) for name, layer in self.layers.items()}
         if self.film is None:
             return features_BD, outputs
-        context = [value if name in MEASURED else value.softmax(dim=1) for name, value in outputs.items()]
+        context = []
+        for name, value_BK in outputs.items():
+            parts = value_BK.split(self.groups.get(name, [1]), dim=1)
+            context += parts if name in MEASURED else [part_BK.softmax(dim=1) for part_BK in parts]
         return self.film(features_BD, torch.cat(context, dim=1)), outputs

@@ -43,7 +43,7 @@ from .files import file_sha256, remove_abandoned, replace_atomically
 from .logs import RunLog, StepClock
 from .losses import AuxLoss, MassLoss
 from .models import MassModel, save_weights
-from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer
+from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer, rising_with_warmup
 from biomass_lib.parallel import (
     check_on_main,
     gather_objects,
@@ -79,15 +79,16 @@ def _epoch_rates(
     epoch: int,  # from 1
     steps: int,  # of the optimizer in an epoch
 ) -> list[tuple[float, float]]:  # learning rates of each step: of the heads, of the backbone
-    "Compute the learning rates of an epoch: warm-up and cosine over the whole of its stage."
+    "Compute the learning rates of an epoch: warm-up and schedule over the whole of its stage."
     c = config
     if epoch <= c.stage1_epochs:
         before, epochs, peaks = epoch - 1, c.stage1_epochs, (c.stage1_lr, 0.0)
     else:
         before, epochs = epoch - 1 - c.stage1_epochs, c.stage2_epochs
         peaks = (c.head_lr or c.stage2_lr, c.stage2_lr)
-    factors = [cosine_with_warmup(before * steps + step, epochs * steps, c.warmup) for step in range(steps)]
-    return [(factor * peaks[0], factor * peaks[1]) for factor in factors]
+    of_backbone = rising_with_warmup if c.backbone_schedule == "rising" else cosine_with_warmup
+    places = [(before * steps + step, epochs * steps, c.warmup) for step in range(steps)]
+    return [(cosine_with_warmup(*place) * peaks[0], of_backbone(*place) * peaks[1]) for place in places]
 
 # %% ../notebooks/35_loop.ipynb #446dd521
 def _unfrozen_layers(
@@ -99,12 +100,13 @@ def _unfrozen_layers(
     begun = epoch - config.stage1_epochs  # 1 in the first epoch of stage 2
     if begun < 1:
         return 0
-    if config.unfreeze == "gradual":
-        share = begun / max(1, config.stage2_epochs // 2)
-        return max(1, round(share * layers)) if share < 1 else None
-    if config.unfreeze == "all":
-        return None
-    return min(int(config.unfreeze.removeprefix("last")), layers)
+    kind = config.unfreeze.rstrip("0123456789")
+    number = config.unfreeze.removeprefix(kind)
+    most = min(int(number), layers) if number else layers
+    share = begun / max(1, config.stage2_epochs // 2)
+    if kind == "gradual" and share < 1:
+        return max(1, round(share * most))
+    return most if number else None
 
 # %% ../notebooks/35_loop.ipynb #c9c626c9
 @dataclass
@@ -197,6 +199,7 @@ def make_training(
     guard: Callable[[], None] | None = None,  # of `write_file`
 ) -> Training:
     "Assemble a training. Raises ValueError for a precision or memory saving that device or backbone do not have."
+    c = config
     set_deterministic(config.deterministic)  # before pick_device multiplies two matrices to try the GPU
     device = pick_device()
     dtype = autocast_dtype(config.amp, device)
@@ -216,7 +219,7 @@ def make_training(
         out_dir,
         device,
         dtype,
-        criterion=MassLoss(scale_g, config.loss_beta_g, config.loss, config.loss_over).to(device),
+        criterion=MassLoss(scale_g, c.loss_beta_g, c.loss, c.loss_over, c.consistency).to(device),
         aux=AuxLoss(model.spec["aux"], table).to(device) if model.spec["aux"] and config.aux_weight else None,
         optimizer=make_optimizer(model, config.weight_decay, config.layer_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
@@ -237,6 +240,16 @@ class _Runner(nn.Module):
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # mass_5 and more
         features = batch["features"] if "features" in batch else self.model.features(batch["halves_2CHW"])
         return self.model.outputs(features)
+
+
+def _compared(
+    outputs: dict[str, torch.Tensor],  # of the model
+    true_B5: torch.Tensor,  # grams
+) -> tuple[torch.Tensor, torch.Tensor]:  # predicted and true grams, a row a sample
+    "Pair predictions with the truth: a sample is a photograph, or each half of it where a model tells them apart."
+    if "half_mass_25" not in outputs:
+        return outputs["mass_5"], true_B5
+    return outputs["half_mass_25"].flatten(0, 1), true_B5.repeat_interleave(2, dim=0)
 
 
 def _to_device(
@@ -261,7 +274,7 @@ def _accumulate_gradients(
             batch = _to_device(batch, t.device)
             with t.autocast():
                 outputs = t.runner(batch)
-            loss, parts_3 = t.criterion(outputs["mass_5"], batch["mass_5"])
+            loss, parts_3 = t.criterion(*_compared(outputs, batch["mass_5"]))
             if t.aux:
                 loss = loss + t.config.aux_weight * t.aux(outputs, batch["index"])
             t.scaler.scale(loss * (count * world()[1] / total)).backward()

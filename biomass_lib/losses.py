@@ -13,23 +13,47 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .heads import MEASURED, NAMED, labels_of
+from .heads import MEASURED, NAMED, class_groups, labels_of
 from .targets import PRIMARY, TARGETS, WEIGHTS
 
+# %% ../notebooks/23_losses.ipynb #6f4c8065
+def _huber(
+    error_B5: torch.Tensor,  # scaled
+    beta: float,  # scaled: where square turns into linear
+) -> torch.Tensor:  # parts_5
+    "Compute torch's smooth L1, half the square over beta, then linear with slope 1; the mean over the batch."
+    return F.huber_loss(error_B5, torch.zeros_like(error_B5), delta=beta, reduction="none").mean(dim=0) / beta
+
+
+def _tolerance_g(
+    true_B5: torch.Tensor,  # grams
+) -> torch.Tensor:  # free_B5, grams
+    "Compute the errors that cost nothing: 1 g up to 20 g, above that a tenth of the mass, at most 5 g."
+    return torch.where(true_B5 <= 20, 1.0, (0.1 * true_B5).clamp(max=5.0))
+
+
+def _imbalance_g(
+    mass_B5: torch.Tensor,  # grams, order of TARGETS
+) -> torch.Tensor:  # missing_B, grams
+    "Compute how far sums are from their parts."
+    green, dead, clover, gdm, total = mass_B5.unbind(-1)
+    return (gdm - green - clover).abs() + (total - gdm - dead).abs()
+
 # %% ../notebooks/23_losses.ipynb #a5d1b762
-LOSSES = ("huber", "mse")
+LOSSES = ("huber", "mse", "eps")
 _LOSS_OVER = {"primary": PRIMARY, "all": TARGETS}
 
 
 class MassLoss(nn.Module):
-    "Compute a weighted Huber or squared loss over masses. Raises ValueError for an unknown kind."
+    "Compute a weighted loss over masses. Raises ValueError for an unknown kind."
 
     def __init__(
         self,
         scale_g: float,  # grams that count as 1
         beta_g: float = 10.0,  # of huber: grams of error where square turns into linear
-        kind: str = "huber",  # huber or mse
+        kind: str = "huber",  # huber, mse or eps
         over: str = "primary",  # primary or all: the masses that count
+        consistency: float = 0.0,  # weight of the grams that sums lack of their parts
     ):
         super().__init__()
         if kind not in LOSSES or over not in _LOSS_OVER:
@@ -41,7 +65,7 @@ class MassLoss(nn.Module):
         )
         self.register_buffer("weight_5", weight_5 / weight_5.sum())
         self.primary = [TARGETS.index(name) for name in PRIMARY]
-        self.scale_g, self.beta_g, self.kind = float(scale_g), float(beta_g), kind
+        self.scale_g, self.beta_g, self.kind, self.consistency = float(scale_g), float(beta_g), kind, consistency
 
     def forward(
         self,
@@ -52,19 +76,21 @@ class MassLoss(nn.Module):
         error_B5 = (pred_B5 - true_B5) / self.scale_g
         if self.kind == "mse":
             parts_5 = error_B5.square().mean(dim=0) / 2
+        elif self.kind == "eps":
+            parts_5 = F.relu(error_B5.abs() - _tolerance_g(true_B5) / self.scale_g).mean(dim=0)
         else:
-            beta = self.beta_g / self.scale_g
-            parts_5 = (
-                F.huber_loss(error_B5, torch.zeros_like(error_B5), delta=beta, reduction="none").mean(dim=0) / beta
-            )
-        return (parts_5 * self.weight_5).sum(), parts_5[self.primary].detach()
+            parts_5 = _huber(error_B5, self.beta_g / self.scale_g)
+        loss = (parts_5 * self.weight_5).sum()
+        if self.consistency:
+            loss = loss + self.consistency * _imbalance_g(pred_B5).mean() / self.scale_g
+        return loss, parts_5[self.primary].detach()
 
 # %% ../notebooks/23_losses.ipynb #46c01a3f
 def _scaled_labels(
     table: Any,  # training photographs, a data frame
     name: str,  # of the task
     known: list,  # of its heads, from `aux_spec`
-) -> torch.Tensor:  # true_N, float32: scaled value or number of the class; NaN: no label
+) -> torch.Tensor:  # true_N (five_intervals: true_N5), float32: scaled value or number of the class; NaN: no label
     "Read labels as the heads predict them. Raises ValueError for a class that the heads do not know."
     labels = labels_of(table, name)
     if name in MEASURED:
@@ -75,9 +101,26 @@ def _scaled_labels(
         if unknown:
             raise ValueError(f"aux = {name}: {unknown[0]} is not among those the heads know: {', '.join(known)}")
         return torch.tensor(labels.map({label: at for at, label in enumerate(known)}).to_numpy(dtype=np.float32))
-    total_N = torch.tensor(labels.to_numpy())
-    true_N = torch.bucketize(total_N, torch.tensor(known, dtype=torch.float64)).float()
-    return true_N.where(total_N.isfinite(), torch.nan)
+    mass_NM = torch.tensor(labels.to_numpy()).reshape(len(labels), -1)
+    columns = zip(mass_NM.unbind(1), known if name == "five_intervals" else [known], strict=True)
+    edges = [(mass_N.contiguous(), torch.tensor(edges, dtype=torch.float64)) for mass_N, edges in columns]
+    true_NM = torch.stack([torch.bucketize(mass_N, edge).float() for mass_N, edge in edges], dim=1)
+    return true_NM.where(mass_NM.isfinite(), torch.nan).squeeze(1)
+
+# %% ../notebooks/23_losses.ipynb #b9aa65c4
+def _class_loss(
+    logits_BK: torch.Tensor,  # of all questions, side by side
+    true_BQ: torch.Tensor,  # numbers of the classes, a column a question
+    groups: list[int],  # classes of each question
+) -> torch.Tensor:  # loss_B; 1 is what a guess costs
+    "Average the cross-entropies of one question, or of the five masses with the weights of the score."
+    questions = zip(logits_BK.split(groups, dim=1), true_BQ.long().unbind(1), strict=True)
+    losses = [
+        F.cross_entropy(logits_BC, true_B, reduction="none") / np.log(max(2, logits_BC.shape[1]))
+        for logits_BC, true_B in questions
+    ]
+    weights = WEIGHTS if len(groups) == len(TARGETS) else [1.0]
+    return sum(weight * loss_B for weight, loss_B in zip(weights, losses, strict=True)) / sum(weights)
 
 # %% ../notebooks/23_losses.ipynb #63658d05
 class AuxLoss(nn.Module):
@@ -101,11 +144,12 @@ class AuxLoss(nn.Module):
         "Average the losses of the tasks over photographs with a label."
         losses = []
         for name in self.known:
-            true_B, pred_BK = getattr(self, f"true_{name}")[index_B], outputs[name].float()
-            known_B, true_B = true_B.isfinite(), true_B.nan_to_num()
+            true_BQ = getattr(self, f"true_{name}")[index_B].reshape(len(index_B), -1)
+            pred_BK, known_B = outputs[name].float(), true_BQ.isfinite().all(dim=1)
+            true_BQ = true_BQ.nan_to_num()
             if name in MEASURED:
-                loss_B = F.smooth_l1_loss(pred_BK[:, 0], true_B, reduction="none")
+                loss_B = F.smooth_l1_loss(pred_BK, true_BQ, reduction="none")[:, 0]
             else:
-                loss_B = F.cross_entropy(pred_BK, true_B.long(), reduction="none") / np.log(max(2, pred_BK.shape[1]))
+                loss_B = _class_loss(pred_BK, true_BQ, class_groups(name, self.known[name]))
             losses.append((loss_B * known_B).sum() / known_B.sum().clamp(min=1))
         return torch.stack(losses).mean()

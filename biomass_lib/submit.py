@@ -83,7 +83,7 @@ _SPEC_RULES = {
     "img_size": lambda value: type(value) is int and 0 < value <= 10_000,
     "clean": lambda value: isinstance(value, str),
     "targets": lambda value: isinstance(value, str),
-    "hidden_ratio": lambda value: _is_number(value, 0, 100),
+    "hidden_ratio": lambda value: _is_number(value, -1e-9, 100),
     "dropout": lambda value: _is_number(value, -1e-9, 1),
     "aux": lambda value: isinstance(value, dict),
 }

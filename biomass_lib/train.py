@@ -248,7 +248,7 @@ def build_model(
 ) -> MassModel:
     "Build the model that the parameters name. Raises as `create_model` does."
     names = ("backbone", "pretrained", "backbone_weights", "img_size", "hidden_ratio", "dropout", "clean", "targets")
-    names += ("pool", "fuse", "grid", "film", "condition", "lora_rank")
+    names += ("pool", "fuse", "grid", "film", "halves", "condition", "lora_rank")
     aux = aux_spec(config.aux, train)
     mean_g = train[list(TARGETS)].to_numpy().mean(axis=0)
     return create_model(config.model, mean_g=mean_g, aux=aux, **{name: getattr(config, name) for name in names})

@@ -13,14 +13,16 @@ import torch
 from torch import nn
 
 from biomass_lib import logs, loop, train
-from biomass_lib.claims import describe_done, read_done
+from biomass_lib.claims import Cell, describe_done, read_done
 from biomass_lib.config import Config, smoke_config
+from biomass_lib.dataset import HalvesDataset, make_loader
 from biomass_lib.demo import render_dataset
 from biomass_lib.evaluate import read_oof
 from biomass_lib.files import write_csv
 from biomass_lib.intervals import masses_of, scores
 from biomass_lib.models import create_model, load_model
 from biomass_lib.runs import make_report
+from biomass_lib.submit import load_ensemble
 from biomass_lib.tables import TRAIN_COLUMNS, read_text_csv, read_train
 from biomass_lib.targets import TARGETS
 from biomass_lib.weights import assemble_weights
@@ -256,11 +258,44 @@ def test_dropout_follows_what_it_belongs_to():
         ({"targets": "five"}, "loss_over.*two of the five"),
         ({"mix": 0.5, "aux": "height"}, "mix.*0 with aux"),
         ({"swa_epochs": 2, "early_stopping_patience": 1}, "swa_epochs.*may stop before"),
+        ({"consistency": 0.1, "targets": "components"}, "consistency.*0 unless targets = five"),
+        ({"loss": "eps", "loss_beta_g": 5.0}, "loss_beta_g.*10.0 with loss = eps"),
+        ({"halves": "apart"}, "halves.*together unless model = dense"),
+        ({"halves": "apart", "model": "dense", "mix": 0.5}, "mix.*0 with halves = apart"),
+        ({"backbone_schedule": "rising", "stage2_epochs": 0}, "backbone_schedule.*cosine with stage2_epochs = 0"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         Config(**changes)
+
+
+FIVE = {"targets": "five", "loss_over": "all", "consistency": 0.1}
+WINNERS = {
+    "1st": FIVE | {"loss": "eps", "aux": "five_intervals", "aux_weight": 0.3},
+    "5th": FIVE | {"model": "dense", "hidden_ratio": 0.0, "halves": "apart", "backbone_schedule": "rising"},
+}
+WINNERS["5th"] |= {"unfreeze": "gradual2"}
+
+
+@pytest.mark.parametrize("name", WINNERS)
+def test_parts_of_the_winners_predict_in_the_kernel_what_they_did_in_training(settings, tmp_path, name):
+    "Trained in both stages, assembled, checked and loaded as the kernel does it."
+    changes = {"keep": "last", "augment": "none", "stage1_epochs": 4, "stage2_epochs": 4, "stage1_lr": 3e-3}
+    config = dataclasses.replace(settings, runs_dir=str(tmp_path), **changes, **WINNERS[name])
+    folder = train.train_fold(config)
+    history = pd.read_csv(folder / "metrics.csv")
+    assert history["train/loss"].iloc[-1] < history["train/loss"].iloc[0]
+    rates = history.loc[history["stage"] == 2, "train/lr_backbone"]
+    assert (rates.diff().dropna() > 0).all() == (config.backbone_schedule == "rising")
+    assemble_weights({folder.parent: [Cell(0, config.seed)]}, tmp_path / "weights")
+    (model,) = load_ensemble(tmp_path / "weights")
+    oof = read_oof(folder.parent)
+    table = read_train(config.data_dir).set_index("image_id").loc[oof["image_id"]].reset_index()
+    loader = make_loader(HalvesDataset(table, config.data_dir, config.img_size), 4, False)
+    with torch.inference_mode():
+        mass_N5 = torch.cat([model(batch["halves_2CHW"]) for batch in loader])
+    np.testing.assert_allclose(mass_N5, masses_of(oof)[1], atol=0.01)
 
 
 def test_checkpointing_is_refused_where_it_changes_the_training(settings, tmp_path):

@@ -22,6 +22,7 @@ from biomass_lib.targets import TARGETS, primary_to_all
 PARAMS = Path(__file__).parent.parent / "notebooks" / "params"
 MEAN_G = (26.6, 12.0, 6.7, 33.3, 45.3)
 KNOWN = {"height": [8.0, 4.0], "ndvi": [0.6, 0.1], "state": ["Tas", "WA"], "intervals": [30.0, 50.0]}
+KNOWN |= {"five_intervals": [[0.0, 20.0], [0.0, 9.0], [0.0], [12.0, 30.0], [30.0, 50.0]]}
 VARIANTS = {
     "two_stream": {},
     "two_stream, components": {"targets": "components"},
@@ -40,6 +41,10 @@ VARIANTS = {
     "dense, components": {"targets": "components"},
     "dense, ratios": {"targets": "ratios"},
     "dense, aux": {"aux": KNOWN},
+    "dense, linear": {"hidden_ratio": 0.0, "targets": "five"},
+    "dense, apart": {"halves": "apart", "hidden_ratio": 0.0, "targets": "components", "aux": KNOWN},
+    "two_stream, linear": {"hidden_ratio": 0.0},
+    "dinov2_tiled, linear, five": {"hidden_ratio": 0.0, "targets": "five"},
 }
 FAMILIES = [
     "resnet18",
@@ -93,7 +98,10 @@ def test_learns_all_of_itself_and_comes_back(name: str, backbone: str, tmp_path:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 80)
     for _ in range(80):  # as many as the running statistics of batch norms need
         said = model.train().outputs(model.features(halves_B2CHW))
-        loss = (said.pop("mass_5") - true_B5).square().mean() + sum(value.square().mean() for value in said.values())
+        assert ("half_mass_25" in said) == (VARIANTS[name].get("halves") == "apart")
+        half_B25 = said.pop("half_mass_25", said["mass_5"].unsqueeze(1))
+        loss = (half_B25 - true_B5.unsqueeze(1)).square().mean()
+        loss = loss + sum(value.square().mean() for name, value in said.items() if name != "mass_5")
         optimizer.zero_grad()
         loss.backward()
         for path, p in model.named_parameters():
@@ -227,9 +235,12 @@ def test_parameter_files_build_their_model(path: Path):
 def test_auxiliary_heads_know_the_training_data():
     "Built from a table, they are in the spec and come back from it."
     table = pd.DataFrame({"State": ["WA", "Tas"], "Height_Ave_cm": [3.0, 9.0], "Dry_Total_g": [20.0, 60.0]})
-    spec = aux_spec(("state", "height", "intervals"), table)
+    table = table.assign(Dry_Green_g=[0.0, 30.0], Dry_Dead_g=[5.0, 9.0], Dry_Clover_g=0.0, GDM_g=[0.0, 30.0])
+    names = ("state", "height", "intervals", "five_intervals")
+    spec = aux_spec(names, table)
     model = create_model("two_stream", backbone="test_resnet", img_size=64, aux=spec)
-    assert model.spec["aux"]["state"] == ["Tas", "WA"] and set(model.aux.layers) == {"state", "height", "intervals"}
+    assert model.spec["aux"]["state"] == ["Tas", "WA"] and set(model.aux.layers) == set(names)
+    assert model.spec["aux"]["five_intervals"][2] == [0.0]  # no clover anywhere: nobody is in the second range
 
 
 SLOW_TO_LEARN = [pytest.param(name, marks=pytest.mark.slow) for name in ("dinov2_tiled", "dense")]
