@@ -373,7 +373,7 @@ def pooled_layers(
     layers: tuple[int, ...] = (-1,),  # from the end, -1 is the last
     pools: tuple[str, ...] = ("mean",),  # of MAP_POOLS
 ) -> list[torch.Tensor]:  # features_ND, float32: layer by layer, pool by pool
-    "Pool several layers in several ways. Raises ValueError as `layer_maps` and `pool_map`, and for a missing class token."
+    "Pool several layers in several ways. Raises ValueError as `layer_maps` and `pool_map`, and without a class token."
     blocks = []
     for tokens_NDHW, class_ND in _maps_and_class(backbone, pixels_NCHW, layers):
         if "cls" in pools and class_ND is None:
@@ -389,7 +389,7 @@ def pooled_widths(
     layers: tuple[int, ...] = (-1,),  # from the end, -1 is the last
     pools: tuple[str, ...] = ("mean",),  # of MAP_POOLS
 ) -> list[int]:  # numbers in each block: size by size, layer by layer, pool by pool
-    "Ask a network for the widths of its pooled layers. Raises ValueError as `pooled_layers`, and for a size it cannot take."
+    "Ask a network for the widths of its pooled layers. Raises ValueError as `pooled_layers`, and for other sizes."
     widths, device, patch = [], next(backbone.parameters()).device, patch_size(backbone)
     for side in sides:
         shape = (1, 3, *[_whole_side(side, patch)] * 2)

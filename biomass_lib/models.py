@@ -273,6 +273,17 @@ def _values_of(
         raise ValueError(f"{option} = {text!r} must be {wanted}") from error
 
 
+def _unsolved(
+    width: int,  # of all blocks together
+    mean_3: torch.Tensor,  # grams, which are predicted
+) -> dict[str, torch.Tensor]:  # name of a buffer -> its content
+    "Begin with ridges that predict means."
+    raw = {"raw_weight": torch.zeros(3, width), "raw_bias": mean_3}
+    log = {"log_weight": torch.zeros(3, width), "log_bias": mean_3.log1p()}
+    scale = {"feature_mean": torch.zeros(width), "feature_scale": torch.ones(width)}
+    return scale | raw | log | {"most_g": mean_3 + 1000.0}  # no limit until it is solved
+
+# %% ../notebooks/22_models.ipynb #c84829e0
 class FrozenRidge(MassModel):
     "Pool several layers of a backbone that is never trained, and predict by two ridges, on grams and on logarithms."
 
@@ -291,10 +302,7 @@ class FrozenRidge(MassModel):
         sides = tuple(round(scale * img_size) for scale in self.scales)
         self.widths = pooled_widths(backbone, sides, self.layers, self.pools)  # of each block
         width, mean_3 = sum(self.widths), all_to_primary(torch.as_tensor(mean_g, dtype=torch.float32))
-        solved = {"feature_mean": torch.zeros(width), "feature_scale": torch.ones(width), "most_g": mean_3 + 1000.0}
-        solved |= {"raw_weight": torch.zeros(3, width), "raw_bias": mean_3}
-        solved |= {"log_weight": torch.zeros(3, width), "log_bias": mean_3.log1p()}
-        for name, tensor in solved.items():
+        for name, tensor in _unsolved(width, mean_3).items():
             self.register_buffer(name, tensor)
         self.unfreeze(0)
 

@@ -8,7 +8,6 @@ __all__ = ['feature_scale', 'visit_ridge', 'solve_ridges']
 # %% ../notebooks/25_ridge.ipynb #8fa0567d
 import numpy as np
 import torch
-from scipy.optimize import nnls
 
 from .models import FrozenRidge
 from .targets import all_to_primary
@@ -66,6 +65,8 @@ def _shares(
     target_NT: np.ndarray,
 ) -> np.ndarray:  # share_BT: none below zero, they sum to one
     "Weigh blocks by what they said about left-out visits."
+    from scipy.optimize import nnls  # here: other models do not need it
+
     mean_T, share_BT = target_NT.mean(axis=0), np.empty((len(held_out_BNT), target_NT.shape[1]))
     for column, mean in enumerate(mean_T):
         share_B = nnls(held_out_BNT[:, :, column].T - mean, target_NT[:, column] - mean)[0]
