@@ -41,9 +41,11 @@ def _number(
 def _joined(
     *default: str,
     choices: tuple[str, ...] | None = None,  # None: the module that uses them knows
+    **rules: Any,  # as for _checked; numbers: numbers are taken, too
 ) -> Any:
     "Declare a list of names, in files and on the command line also `a+b`."
-    return dataclasses.field(default=default, metadata={"joined": True} | ({"choices": choices} if choices else {}))
+    rules |= {"choices": choices} if choices else {}
+    return dataclasses.field(default=default, metadata={"joined": True} | rules)
 
 
 def _checked(
@@ -67,6 +69,9 @@ _FOLDER = (
 )
 _IDS = "image ids: quote those that are only digits"
 _AUX = ("ndvi", "height", "species", "state", "intervals", "five_intervals")
+_LAYERS = "whole numbers counted from the end, each once, such as [-1, -4]; -1 is the last"
+_SCALES = "shares of img_size above 0 and at most 2, each once, such as [1.0, 0.75]"
+_MAP_POOLS = ("mean", "max", "min", "gem", "cls")
 
 
 def _is_folder(name: str) -> bool:
@@ -82,6 +87,15 @@ def _is_unfreeze(text: str) -> bool:
 def _are_ids(values: tuple) -> bool:
     return all(isinstance(value, str) for value in values)
 
+
+def _are_layers(parts: tuple[str, ...]) -> bool:
+    return bool(parts) and len(set(parts)) == len(parts) and all(re.fullmatch("-[1-9][0-9]{0,3}", p) for p in parts)
+
+
+def _are_scales(parts: tuple[str, ...]) -> bool:
+    plain = all(re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", part) for part in parts)
+    return bool(parts) and plain and len(set(parts)) == len(parts) and all(0 < float(part) <= 2 for part in parts)
+
 # %% ../notebooks/05_config.ipynb #a94bbae3
 @dataclass(frozen=True)
 class Config:
@@ -94,7 +108,7 @@ class Config:
     fold: int = 0  # the fold held out in this run; all: none, a refit on every photograph
     seed: int = _number(0, least=0, most=2**32 - 1)  # of weights, order and augmentation
     workers: int = _number(2, least=0, most=256)  # loader processes; 0 loads in the training process
-    model: str = _choice("two_stream", "dinov2_tiled", "dense")
+    model: str = _choice("two_stream", "dinov2_tiled", "dense", "frozen_ridge")
     backbone: str = "convnext_tiny"  # any timm model name
     pretrained: bool = True  # timm downloads the backbone's weights
     img_size: int = _number(768, least=32, most=8192)  # side in pixels to which each half (1000 x 1000) is resized
@@ -128,6 +142,9 @@ class Config:
     grid: int = _number(2, least=1, most=1000)  # dinov2_tiled: tiles along each side of a half
     film: str = _choice("cross", "identity")  # dinov2_tiled: tiles modulated by the other half, or not at all
     halves: str = _choice("together", "apart")  # dense: in training each half is a sample, with half of the masses
+    layers: tuple = _joined("-1", numbers=True, accepts=_are_layers, wanted=_LAYERS)  # frozen_ridge: [-1, -4]
+    pools: tuple = _joined("mean", "max", "min", "gem", choices=_MAP_POOLS)  # frozen_ridge: how each layer is pooled
+    scales: tuple = _joined("1.0", numbers=True, accepts=_are_scales, wanted=_SCALES)  # frozen_ridge: of img_size
     aux: tuple = _joined(choices=_AUX)  # also predicted in training
     aux_weight: float = _number(0.1, least=0)  # their weight in the loss
     condition: bool = False  # FiLM by what aux predicts (two_stream, dinov2_tiled)
@@ -187,8 +204,10 @@ def _convert(
         return ALL
     if type(value) is int and field.type is float:
         return float(value) if abs(value) < 2**63 else math.inf
-    if "joined" in field.metadata and isinstance(value, str | list | tuple):
-        parts = [value] if isinstance(value, str) else value
+    if "joined" in field.metadata and isinstance(value, str | list | tuple | int | float):
+        parts = list(value) if isinstance(value, list | tuple) else [value]
+        if "numbers" in field.metadata:
+            parts = [str(part) if type(part) in (int, float) else part for part in parts]
         if all(isinstance(part, str) for part in parts):
             return tuple(name for part in parts for name in part.split("+") if name)
     if type(value) is list and field.type is tuple:
@@ -284,6 +303,16 @@ def _conflicts(
     yield "early_stopping_patience", seen and c.early_stopping_patience > 0, "0 with fold = all"
     both = bool(c.mix and c.aux and c.aux_weight)
     yield "mix", both, "0 with aux: halves of two photographs have two heights, species and States"
+    solved = c.model == "frozen_ridge"
+    yield "lora_rank", solved and c.lora_rank > 0, "0 with model = frozen_ridge, whose network is not trained"
+    yield "aux", solved and bool(c.aux), "empty with model = frozen_ridge, which has no other heads"
+    yield "targets", solved and c.targets != "primary", "primary with model = frozen_ridge"
+    yield (
+        "unfreeze",
+        solved and c.unfreeze != "all",
+        "all with model = frozen_ridge: it has no stage 2, so leave it out",
+    )
+    yield "pools", len(set(c.pools)) < max(1, len(c.pools)), "each once, and at least one"
     unlearned = c.loss_over == "primary" and c.targets == "five"
     yield "loss_over", unlearned, "all where targets = five, or two of the five masses would never be learned"
     yield "consistency", c.consistency > 0 and c.targets != "five", "0 unless targets = five: others have it built in"

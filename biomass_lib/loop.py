@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['seed_everything', 'Training', 'make_training', 'train_step', 'validate', 'save_training', 'resume_training',
-           'FitResult', 'fit']
+           'FitResult', 'fit', 'fit_ridges']
 
 # %% ../notebooks/35_loop.ipynb #11b5a113
+import copy
 import dataclasses
 import json
 import math
@@ -37,12 +38,12 @@ from biomass_lib.checkpoint import (
     storable,
 )
 from .config import MACHINE_PARAMETERS, Config
-from .dataset import STAND_IN, lost_batches, make_loader
+from .dataset import STAND_IN, HalvesDataset, lost_batches, make_loader
 from .device import autocast_dtype, pick_device, set_deterministic, set_tf32, steady_memory
 from .files import file_sha256, remove_abandoned, replace_atomically
 from .logs import RunLog, StepClock
 from .losses import AuxLoss, MassLoss
-from .models import MassModel, save_weights
+from .models import FrozenRidge, MassModel, save_weights
 from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer, rising_with_warmup
 from biomass_lib.parallel import (
     check_on_main,
@@ -55,6 +56,7 @@ from biomass_lib.parallel import (
     world,
     wrap_ddp,
 )
+from .ridge import solve_ridges
 from .targets import r2_per_target, weighted_r2
 
 # %% ../notebooks/35_loop.ipynb #78410557
@@ -690,3 +692,68 @@ def fit(
     if is_main():
         _name_best_weights(t) if kept == "best" else _save_last_weights(t, **meta)
     return FitResult(t.log.history, t.log.speed, kept, p.best_epoch, p.best_N5.numpy(), p.last_N5.numpy(), t.log)
+
+# %% ../notebooks/35_loop.ipynb #9be5a788
+def _frozen_features(
+    t: Training,
+    dataset: HalvesDataset,
+    clock: StepClock,
+) -> np.ndarray:  # features_N2D of the photographs as they are
+    "Look at all photographs once, without augmentation, or take what the bank has of them."
+    plain = copy.copy(dataset)
+    plain.augment, plain.mix = None, 0.0
+    loader = _with_bank(t, make_loader(plain, t.config.batch_size, shuffle=False, workers=t.config.workers))
+    batches, parts = iter(loader), []
+    while (batch := clock.wait(batches)) is not None:
+        with torch.inference_mode(), t.autocast():
+            batch = _to_device(batch, t.device)
+            features_B2D = batch["features"] if "features" in batch else t.model.features(batch["halves_2CHW"])
+        parts.append(features_B2D.float().cpu().numpy())
+        clock.step(len(parts[-1]))
+    return np.concatenate(parts)
+
+
+def _solve_epoch(
+    t: Training,
+    dataset: HalvesDataset,  # of the training photographs
+) -> tuple[dict[str, float], dict[str, float]]:  # the training's columns, under their logged names; its speed
+    "Solve the ridges of a model in place of an epoch."
+    clock, table = StepClock(), dataset.table
+    features_N2D = _frozen_features(t, dataset, clock)
+    visit_N = table.groupby(["State", "Sampling_Date"]).ngroup().to_numpy()
+    solve_ridges(t.model, features_N2D, dataset.mass_N5.numpy(), visit_N)
+    pred_N5 = t.model.outputs(torch.from_numpy(features_N2D).to(t.device))["mass_5"]
+    loss, parts_3 = t.criterion(pred_N5, dataset.mass_N5.to(t.device))
+    names = ("train/loss", "train/loss_total", "train/loss_gdm", "train/loss_green")
+    row = dict(zip(names, (loss.item(), *(part.item() for part in parts_3)), strict=True))
+    none = dict.fromkeys(("train/lr", "train/lr_backbone", "train/grad_norm"), math.nan)
+    return row | none | {"train/skipped": 0}, clock.summary()
+
+# %% ../notebooks/35_loop.ipynb #0d578fe2
+def fit_ridges(
+    model: FrozenRidge,  # from create_model
+    train_loader: DataLoader,
+    valid_loader: DataLoader | None,  # None: a refit, which holds nothing out
+    config: Config,
+    out_dir: Path,  # gets metrics.csv, speed.csv and weights.safetensors
+    scale_g: float,  # grams that count as 1 in the loss
+    guard: Callable[[], None] | None = None,  # called before each file gets its name; what it raises prevents it
+    **meta: Any,  # facts to keep with the weights
+) -> FitResult:
+    "Solve a frozen_ridge and leave the files of a training of one epoch. Raises ValueError in several processes."
+    if world()[1] > 1:
+        raise ValueError(f"frozen_ridge is solved by one process, not by {world()[1]}: start one for each fold")
+    plan = {"stage1_epochs": 1, "stage2_epochs": 0, "bank": max(1, config.bank), "keep": "last"}
+    off = {"ema_decay": 0.0, "swa_epochs": 0, "early_stopping_patience": 0, "grad_checkpointing": False}
+    t = make_training(model, dataclasses.replace(config, **plan, **off), Path(out_dir), scale_g, None, guard)
+    t.model.eval()
+    row, speed = _solve_epoch(t, train_loader.dataset)
+    p, valid_row = t.progress, dict.fromkeys(_VALID_NAMES, math.nan)
+    if valid_loader is not None:
+        valid_row, mass_N5 = validate(t, _with_bank(t, valid_loader))
+        p.last_N5 = torch.from_numpy(mass_N5)
+        _note_best(t, valid_row, **meta)
+    place = {"epoch": 1, "stage": 1}
+    t.log.epoch(place | row | valid_row, place | speed, (p.best_epoch, valid_row["val/score"]))
+    _save_last_weights(t, **meta)
+    return FitResult(t.log.history, t.log.speed, config.keep, p.best_epoch, p.best_N5.numpy(), p.last_N5.numpy(), t.log)

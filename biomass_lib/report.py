@@ -278,6 +278,15 @@ def describe_scores(
     return (text + _describe_seeds(judged) + _describe_best(judged)).strip()
 
 # %% ../notebooks/55_report.ipynb #42c7c930
+def _length(
+    config: Config,
+) -> str:
+    "Say how long a training was."
+    if config.model == "frozen_ridge":
+        return f"solved on layers {', '.join(config.layers)}"
+    return f"{config.stage1_epochs} + {config.stage2_epochs} epochs"
+
+
 def describe_run(
     judged: Judged,
 ) -> str:  # Markdown
@@ -297,7 +306,7 @@ def describe_run(
         f"{np.abs(error_g).mean():.1f} g in the mean); "
         f"{inside:.0%} of the measured totals lie inside their {level:.0%} prediction intervals. "
         f"{config.model} on {markdown_text(config.backbone)}, halves of {config.img_size} pixels, "
-        f"{config.stage1_epochs} + {config.stage2_epochs} epochs, "
+        f"{_length(config)}, "
         f"{trained}. "
         f"{len(oof)} photographs of {judged.n_visits} visits on {oof['Sampling_Date'].nunique()} dates "
         f"in {oof['State'].nunique()} States."

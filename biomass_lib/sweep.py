@@ -320,6 +320,7 @@ def _write_plan(
 # %% ../notebooks/62_sweep.ipynb #42bbba62
 _PHOTO_KEYS = ("img_size", "clean")
 _BANK_KEYS = (*_PHOTO_KEYS, "model", "backbone", "pretrained", "backbone_weights", "pool", "grid", "lora_rank")
+_BANK_KEYS += ("layers", "pools", "scales")
 _BANK_KEYS += ("augment", "mix", "bank", "amp")
 
 

@@ -41,8 +41,8 @@ from .dataset import HalvesDataset, make_loader
 from .files import read_json, remove_abandoned, sync_folder, write_csv, write_file, write_json
 from .folds import assign_folds, check_folds, read_folds, write_folds
 from .heads import aux_spec
-from .loop import FitResult, fit, seed_everything
-from .models import MassModel, create_model
+from .loop import FitResult, fit, fit_ridges, seed_everything
+from .models import FrozenRidge, MassModel, create_model
 from .parallel import check_on_main, is_main, joined, launch, wait_for_all, world
 from biomass_lib.tables import (
     TRAIN_COLUMNS,
@@ -248,10 +248,11 @@ def build_model(
 ) -> MassModel:
     "Build the model that the parameters name. Raises as `create_model` does."
     names = ("backbone", "pretrained", "backbone_weights", "img_size", "hidden_ratio", "dropout", "clean", "targets")
-    names += ("pool", "fuse", "grid", "film", "halves", "condition", "lora_rank")
+    names += ("pool", "fuse", "grid", "film", "halves", "condition", "lora_rank", "layers", "pools", "scales")
     aux = aux_spec(config.aux, train)
     mean_g = train[list(TARGETS)].to_numpy().mean(axis=0)
-    return create_model(config.model, mean_g=mean_g, aux=aux, **{name: getattr(config, name) for name in names})
+    params = config.to_dict()  # lists as text, as a spec has them
+    return create_model(config.model, mean_g=mean_g, aux=aux, **{name: params[name] for name in names})
 
 # %% ../notebooks/36_train.ipynb #f832f37d
 def _check_model(
@@ -350,7 +351,8 @@ def run_fold(
     out_dir = cell_folder(fold.run_dir, Cell.of(config))
     with _hold_lease(out_dir) as guard:
         _clear_done_fold(out_dir)
-        result = fit(model, *fold.loaders, config, out_dir, scale_g=scale_g, guard=guard, **meta)
+        learn = fit_ridges if isinstance(model, FrozenRidge) else fit
+        result = learn(model, *fold.loaders, config, out_dir, scale_g=scale_g, guard=guard, **meta)
         save_fold(fold, config, result, time.perf_counter() - started, guard)
     return out_dir, result
 
