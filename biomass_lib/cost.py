@@ -23,11 +23,12 @@ def outline_model(
     config: Config,
 ) -> MassModel:  # on the meta device, with the layers frozen that the last epoch leaves frozen
     "Build a parameter file's model without weights. Raises as `create_model` does."
-    names = ("backbone", "img_size", "hidden_ratio", "dropout", "targets", "pool", "fuse", "grid", "film")
+    names = ("backbone", "img_size", "hidden_ratio", "dropout", "targets", "pool", "fuse", "grid", "film", "halves")
+    params = config.to_dict()
     with torch.device("meta"):
-        model = create_model(config.model, **{name: getattr(config, name) for name in names})
+        model = create_model(config.model, **{name: params[name] for name in (*names, "layers", "pools", "scales")})
     layers = int(re.sub(r"\D", "", config.unfreeze) or 0)  # gradual12 and last12 end alike
-    if config.stage2_epochs:
+    if config.stage2_epochs and config.model != "frozen_ridge":
         model.unfreeze(layers or None)
     else:
         model.freeze_backbone()
