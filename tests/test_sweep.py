@@ -346,10 +346,11 @@ def test_postgresql_goes_away_and_comes_back(home: Path, server: Postgres, away:
 
 @pytest.mark.slow
 def test_cells_have_the_bytes_of_lone_commands(tmp_path: Path):
-    "Sixteen trainings of a tiny network, two at a time; four of them again by their printed lines."
-    render_dataset(tmp_path / "demo", n_train=12, n_test=2, seed=0)
+    "Sixteen trainings of a tiny network, two at a time; four of them again by their printed lines. ALONE=40: 40, all."
+    alone = int(os.environ.get("ALONE", 4))
+    render_dataset(tmp_path / "demo", n_train=12 if alone == 4 else 24, n_test=2, seed=0)
     config, _ = smoke_config(Config(experiment="real", cache_dir="cache"), "demo")
-    parameters = config.to_dict() | {"stage2_epochs": 1}
+    parameters = config.to_dict() | {"stage2_epochs": 1} | ({} if alone == 4 else {"n_folds": 5})
     write_params(
         tmp_path, **{name: value for name, value in parameters.items() if name not in ("exclude", "fold", "seed")}
     )
@@ -359,16 +360,16 @@ def test_cells_have_the_bytes_of_lone_commands(tmp_path: Path):
     assert process.returncode == 0, said
     names = ("oof.csv", "metrics.csv", "weights.safetensors")
     swept = contents(tmp_path / "runs", *names)
-    assert len(swept) == 16 * 3
+    assert len(swept) == (16 if alone == 4 else 40) * 3
     (tmp_path / "runs").rename(tmp_path / "swept")
     with contextlib.chdir(tmp_path):
         plan = plan_sweep("p.yaml", ["dropout=.2,.3", "loss=huber,mse"], seeds=[0, 1])
-        jobs = random.Random(0).sample(plan.jobs(plan.settings), 4)
+        jobs = random.Random(0).sample(plan.jobs(plan.settings), alone)
         lines = [job_line(job, ROOT / "notebooks/train_fold.ipynb") for job in jobs]
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for line in lines:
         subprocess.run(line, shell=True, check=True, cwd=tmp_path, env=environment, capture_output=True)
-    alone = contents(tmp_path / "runs", *names)
-    assert len(alone) == 4 * 3
-    assert {name: swept[name] == content for name, content in alone.items()} == dict.fromkeys(alone, True)
-    assert Counter(Path(name).name for name in alone) == dict.fromkeys(names, 4)
+    lone = contents(tmp_path / "runs", *names)
+    assert len(lone) == alone * 3
+    assert {name: swept[name] == content for name, content in lone.items()} == dict.fromkeys(lone, True)
+    assert Counter(Path(name).name for name in lone) == dict.fromkeys(names, alone)
