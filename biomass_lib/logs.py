@@ -346,7 +346,8 @@ def plot_history(
         axes[1].plot(kept, score, "o", color=vermilion, markersize=8)
         below = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center", "fontsize": 8}
         axes[1].annotate(f"kept: {score:.3f}", (kept, score), **below)
-    axes[2].set_yscale("log")
+    if (history["train/lr"] > 0).any():  # what is solved has no rate
+        axes[2].set_yscale("log")
     axes[3].set_xlabel("epoch (dotted: the backbone is unfrozen)")
     axes[3].xaxis.set_major_locator(MaxNLocator(10, integer=True))
     return figure
