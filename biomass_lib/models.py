@@ -328,14 +328,14 @@ class FrozenRidge(MassModel):
         return torch.cat(blocks, dim=1).unflatten(0, (-1, 2))
 
     def outputs(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        with torch.autocast(features.device.type, enabled=False):  # thousands of terms of either sign
-            scaled_BD = (features.float().mean(dim=1) - self.feature_mean) / self.feature_scale
-            raw_B3 = F.linear(scaled_BD, self.raw_weight, self.raw_bias)
-            log_B3 = F.linear(scaled_BD, self.log_weight, self.log_bias).minimum(self.most_g.log1p())
-            blended_B3 = (raw_B3.clamp(min=0).minimum(self.most_g) + log_B3.expm1().clamp(min=0)) / 2
-            total_B, gdm_B, green_B = blended_B3.unbind(1)
-            gdm_B = gdm_B.minimum(total_B)
-            return {"mass_5": primary_to_all(torch.stack([total_B, gdm_B, green_B.minimum(gdm_B)], dim=1))}
+        scaled_BD = (features.double().mean(dim=1) - self.feature_mean) / self.feature_scale
+        raw_B3 = F.linear(scaled_BD, self.raw_weight.double(), self.raw_bias.double())
+        log_B3 = F.linear(scaled_BD, self.log_weight.double(), self.log_bias.double())  # which autocast leaves alone
+        raw_B3, log_B3 = raw_B3.float(), log_B3.float().minimum(self.most_g.log1p())
+        blended_B3 = (raw_B3.clamp(min=0).minimum(self.most_g) + log_B3.expm1().clamp(min=0)) / 2
+        total_B, gdm_B, green_B = blended_B3.unbind(1)
+        gdm_B = gdm_B.minimum(total_B)
+        return {"mass_5": primary_to_all(torch.stack([total_B, gdm_B, green_B.minimum(gdm_B)], dim=1))}
 
 # %% ../notebooks/22_models.ipynb #c14fa40e
 CLASSES = {"two_stream": TwoStream, "dinov2_tiled": Tiled, "dense": Dense, "frozen_ridge": FrozenRidge}

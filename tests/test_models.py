@@ -222,9 +222,9 @@ def test_a_norm_or_a_head_is_no_layer_of_its_own(backbone: str):
 def test_parameter_files_build_their_model(path: Path):
     "At full size, on torch's meta device: shapes, no numbers."
     config = config_from_yaml(path)
-    options = {
-        name: getattr(config, name) for name in ("pool", "fuse", "grid", "film", "condition", "targets", "clean")
-    }
+    names = ("pool", "fuse", "grid", "film", "condition", "targets", "clean", "hidden_ratio", "halves")
+    params = config.to_dict()
+    options = {name: params[name] for name in (*names, "layers", "pools", "scales")}
     aux = {name: KNOWN[name] for name in config.aux}
     with torch.device("meta"):
         shape = {"backbone": config.backbone, "img_size": config.img_size, "aux": aux}
