@@ -10,23 +10,25 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode  # not public; a picture of 960 pixels would take minutes otherwise
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import Config
-from .models import MassModel, create_model
+from .models import MassModel
+from .targets import TARGETS
+from .train import build_model
 
 # %% ../notebooks/38_cost.ipynb #09d37e41
 def outline_model(
     config: Config,
 ) -> MassModel:  # on the meta device, with the layers frozen that the last epoch leaves frozen
-    "Build a parameter file's model without weights. Raises as `create_model` does."
-    names = ("backbone", "img_size", "hidden_ratio", "dropout", "targets", "pool", "fuse", "grid", "film", "halves")
-    params = config.to_dict()
+    "Build a parameter file's model without weights. Raises as `build_model` does."
+    bare = replace(config, pretrained=False, backbone_weights="", aux=(), condition=False)
     with torch.device("meta"):
-        model = create_model(config.model, **{name: params[name] for name in (*names, "layers", "pools", "scales")})
+        model = build_model(bare, pd.DataFrame(1.0, index=[0], columns=list(TARGETS)))
     layers = int(re.sub(r"\D", "", config.unfreeze) or 0)  # gradual12 and last12 end alike
     if config.stage2_epochs and config.model != "frozen_ridge":
         model.unfreeze(layers or None)
@@ -88,7 +90,7 @@ _T4_FLOPS = 65e12 * 0.35  # of one card
 def training_cost(
     config: Config,
 ) -> dict[str, Any]:  # weights and trained weights in millions, operations, GB of a step, minutes on two T4
-    "Count what a parameter file asks of a GPU. Raises as `create_model` does."
+    "Count what a parameter file asks of a GPU. Raises as `build_model` does."
     model = outline_model(config)
     weights = sum(weight.numel() for weight in model.parameters())
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

@@ -1,7 +1,6 @@
 "The cache under fire: a process killed while it writes, a disk that really is full."
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from mounting import mounts
 from patience import PATIENCE
 
 from biomass_lib.cache import _is_whole, fill_cache, open_halves
@@ -118,13 +118,6 @@ fill()
     whole = [_is_whole(file, SIZE) for file in cache_dir.rglob("*.npy")]
     assert all(whole)
     assert is_right(cache_dir, photos)
-
-
-def mounts() -> bool:
-    "Tell whether file systems of our own can be mounted here."
-    if not shutil.which("unshare"):
-        return False
-    return not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
 
 
 @pytest.mark.skipif(not mounts(), reason="no user namespaces here, so no small file system can be mounted")

@@ -86,3 +86,14 @@ def test_contributing_names_what_exists():
     named = [(module, name) for module, name in named if name not in files]
     assert len(named) > 25
     assert [f"{a}.{b}" for a, b in named if not hasattr(importlib.import_module(f"biomass_lib.{a}"), b)] == []
+
+
+def test_readme_says_what_the_parameter_files_cost():
+    "Notebook 38_cost compares the files with what it counts; the README's table repeats them."
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| (\d+) GB \| (\d+) minutes \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) == 5
+    for name, memory, minutes in rows:
+        words = f"# about {memory} GB of GPU memory and {minutes} minutes of two T4"
+        assert words in (ROOT / f"notebooks/params/{name}.yaml").read_text(), name

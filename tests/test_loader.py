@@ -3,7 +3,6 @@
 import dataclasses
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from mounting import mounts
 from patience import PATIENCE
 
 from biomass_lib import loop, train
@@ -67,13 +67,6 @@ def test_a_worker_killed_between_batches(home: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loop, "train_step", killing_step)
     with pytest.raises(RuntimeError, match="loading: a worker was killed.*set workers to 0"):
         train.train_fold(config)
-
-
-def mounts() -> bool:
-    "Whether file systems of our own can be mounted here."
-    if not shutil.which("unshare"):
-        return False
-    return not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
 
 
 @pytest.mark.skipif(not mounts(), reason="no user namespaces here, so no small /dev/shm can be mounted")

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import stand_in
 import yaml
+from mounting import mounts
 from patience import PATIENCE, wait_until
 
 from biomass_lib import sweep as sweep_module
@@ -111,13 +112,6 @@ def test_mistakes_stop_before_any_work(home: Path):
 SMALL = (
     'mkdir -p runs; mount -t tmpfs -o size="$0" none runs; eval "$1"; shift; "$@" || echo status $?; cp -r runs seen'
 )
-
-
-def mounts() -> bool:
-    "Whether file systems of our own can be mounted here."
-    return (
-        bool(shutil.which("unshare")) and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
-    )
 
 
 def swept_on(home: Path, size: str, before: str = "true") -> str:
@@ -346,11 +340,11 @@ def test_postgresql_goes_away_and_comes_back(home: Path, server: Postgres, away:
 
 @pytest.mark.slow
 def test_cells_have_the_bytes_of_lone_commands(tmp_path: Path):
-    "Sixteen trainings of a tiny network, two at a time; four of them again by their printed lines. ALONE=40: 40, all."
-    alone = int(os.environ.get("ALONE", 4))
-    render_dataset(tmp_path / "demo", n_train=12 if alone == 4 else 24, n_test=2, seed=0)
+    "Sixteen trainings of a tiny network, two at a time; four of them again by their printed lines. WHOLE=1: forty, all."
+    folds, alone = (5, 40) if os.environ.get("WHOLE") else (2, 4)
+    render_dataset(tmp_path / "demo", n_train=12 * folds // 2, n_test=2, seed=0)
     config, _ = smoke_config(Config(experiment="real", cache_dir="cache"), "demo")
-    parameters = config.to_dict() | {"stage2_epochs": 1} | ({} if alone == 4 else {"n_folds": 5})
+    parameters = config.to_dict() | {"stage2_epochs": 1, "n_folds": folds}
     write_params(
         tmp_path, **{name: value for name, value in parameters.items() if name not in ("exclude", "fold", "seed")}
     )
@@ -360,7 +354,7 @@ def test_cells_have_the_bytes_of_lone_commands(tmp_path: Path):
     assert process.returncode == 0, said
     names = ("oof.csv", "metrics.csv", "weights.safetensors")
     swept = contents(tmp_path / "runs", *names)
-    assert len(swept) == (16 if alone == 4 else 40) * 3
+    assert len(swept) == 8 * folds * 3
     (tmp_path / "runs").rename(tmp_path / "swept")
     with contextlib.chdir(tmp_path):
         plan = plan_sweep("p.yaml", ["dropout=.2,.3", "loss=huber,mse"], seeds=[0, 1])
