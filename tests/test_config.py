@@ -90,9 +90,8 @@ def test_contributing_names_what_exists():
 
 def test_readme_says_what_the_parameter_files_cost():
     "Notebook 38_cost compares the files with what it counts; the README's table repeats them."
-    rows = re.findall(
-        r"^\| `(\w+)` \|.*\| (\d+) GB \| (\d+) minutes \|$", (ROOT / "README.md").read_text(), re.MULTILINE
-    )
+    line = r"^\| `(\w+)` \|.*\| (\d+) GB \| (\d+) minutes \|$"
+    rows = re.findall(line, (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) == 5
     for name, memory, minutes in rows:
         words = f"# about {memory} GB of GPU memory and {minutes} minutes of two T4"

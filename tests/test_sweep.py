@@ -340,7 +340,7 @@ def test_postgresql_goes_away_and_comes_back(home: Path, server: Postgres, away:
 
 @pytest.mark.slow
 def test_cells_have_the_bytes_of_lone_commands(tmp_path: Path):
-    "Sixteen trainings of a tiny network, two at a time; four of them again by their printed lines. WHOLE=1: forty, all."
+    "Sixteen trainings of a tiny network, two at a time; four again by their printed lines. WHOLE=1: all forty."
     folds, alone = (5, 40) if os.environ.get("WHOLE") else (2, 4)
     render_dataset(tmp_path / "demo", n_train=12 * folds // 2, n_test=2, seed=0)
     config, _ = smoke_config(Config(experiment="real", cache_dir="cache"), "demo")
