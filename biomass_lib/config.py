@@ -137,13 +137,13 @@ class Config:
     backbone_weights: str = _path("")  # a local file of backbone weights instead of the download
     hidden_ratio: float = _number(0.25, least=0)  # hidden width of the heads as a share of the features'; 0: none
     dropout: float = _number(0.30, least=0, below=1)  # in the heads
-    pool: str = _choice("timm", "mean", "max_mean", "gem", "attention")  # two_stream; timm is the backbone's own
+    pool: str = _choice("timm", "mean", "max_mean", "gem", "attention", "layers")  # two_stream; timm: the backbone's
     fuse: str = _choice("mean", "concat", "cross")  # the halves; cross needs two_stream, and a pool that is not timm
     grid: int = _number(2, least=1, most=1000)  # dinov2_tiled: tiles along each side of a half
     film: str = _choice("cross", "identity")  # dinov2_tiled: tiles modulated by the other half, or not at all
     halves: str = _choice("together", "apart")  # dense: in training each half is a sample, with half of the masses
-    layers: tuple = _joined("-1", numbers=True, accepts=_are_layers, wanted=_LAYERS)  # frozen_ridge: [-1, -4]
-    pools: tuple = _joined("mean", "max", "min", "gem", choices=_MAP_POOLS)  # frozen_ridge: how each layer is pooled
+    layers: tuple = _joined("-1", numbers=True, accepts=_are_layers, wanted=_LAYERS)  # frozen_ridge, or pool: layers
+    pools: tuple = _joined("mean", "max", "min", "gem", choices=_MAP_POOLS)  # how each of them is pooled
     scales: tuple = _joined("1.0", numbers=True, accepts=_are_scales, wanted=_SCALES)  # frozen_ridge: of img_size
     aux: tuple = _joined(choices=_AUX)  # also predicted in training
     aux_weight: float = _number(0.1, least=0)  # their weight in the loss

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ import timm
 import torch
 from torch import nn
 
-from .backbones import create_backbone, token_map
+from .backbones import MAP_POOLS, create_backbone, pooled_layers, token_map
 from .bank import weights_digest
 from .baselines import mean_oof, ridge_oof
 from .command import command, user_path
@@ -60,12 +61,16 @@ def _photo_features(
     halves_B2CHW: torch.Tensor,  # uint8, or float from 0 to 255; on the model's device
     dense: bool = False,  # mean and sd of the patches instead of the pooled features
     join: str = "mean",  # of the two halves: mean, or concat
+    layers: tuple[int, ...] = (),  # several maps instead, from the end, -1 is the last
+    pools: tuple[str, ...] = ("mean",),  # how each of the layers is pooled, as for `pooled_layers`
 ) -> torch.Tensor:  # features_BD, float32
     "Compute the features of a batch of photographs. Raises ValueError for an unknown join, and as `token_map` does."
     if join not in _JOINS:
         raise ValueError(f"parameter join = {join!r} must be one of {', '.join(_JOINS)}")
     pixels_NCHW = model.pixels(halves_B2CHW.flatten(0, 1))
-    if dense:
+    if layers:
+        features_ND = torch.cat(pooled_layers(model.backbone, pixels_NCHW, layers, pools), dim=1)
+    elif dense:
         tokens_NDT = token_map(model.backbone, pixels_NCHW).flatten(2)
         features_ND = torch.cat([tokens_NDT.mean(dim=2), tokens_NDT.std(dim=2, correction=0)], dim=1)
     else:
@@ -93,17 +98,16 @@ def _stored_features(
 def _compute_features(
     model: TwoStream,  # of `_frozen_backbone`
     dataset: HalvesDataset,  # without augmentation
-    dense: bool,
-    join: str,
     batch_size: int = 8,  # photographs at a time
     workers: int = 0,  # loader processes
     device: torch.device | str | None = None,  # None: a GPU that works, else the CPU
+    **pooling: Any,  # of `_photo_features`: dense, join, layers, pools
 ) -> np.ndarray:  # features_ND, float32, in the order of the dataset
     "Run a frozen network over all photographs, in float32. Raises ValueError naming those without finite features."
     device = pick_device() if device is None else torch.device(device)
     model = model.to(device)
     loader = make_loader(dataset, batch_size, shuffle=False, workers=workers)
-    parts = [_photo_features(model, batch["halves_2CHW"].to(device), dense, join).cpu() for batch in loader]
+    parts = [_photo_features(model, batch["halves_2CHW"].to(device), **pooling).cpu() for batch in loader]
     features_ND = torch.cat(parts).numpy()
     bad = np.flatnonzero(~np.isfinite(features_ND).all(axis=1))
     if len(bad):
@@ -122,6 +126,8 @@ def extract_features(
     backbone_weights: str | Path = "",  # local safetensors file instead
     dense: bool = False,  # mean and sd of the patches instead of the pooled features
     join: str = "mean",  # of the two halves: mean, or concat
+    layers: tuple[int, ...] = (),  # several maps instead, from the end, -1 is the last
+    pools: tuple[str, ...] = ("mean",),  # how each of the layers is pooled, as for `pooled_layers`
     clean: str = "none",  # none, inpaint, crop or both
     cache_dir: str | Path = "cache",  # keeps them in its folder features; empty: nothing is kept
     batch_size: int = 8,  # photographs at a time
@@ -134,6 +140,7 @@ def extract_features(
     model = _frozen_backbone(backbone, img_size, pretrained, backbone_weights)
     recipe = {"format": _FEATURE_FORMAT, "backbone": backbone, "weights": weights_digest(model.backbone)}
     recipe |= {"img_size": img_size, "clean": clean, "dense": dense, "join": join}
+    recipe |= {"layers": list(layers), "pools": list(pools)} if layers else {}
     recipe |= {"timm": timm.__version__, "opencv": cv2.__version__}
     digests = photo_digests([Path(data_dir) / name for name in table["image_path"]])
     key = hashlib.blake2b(json.dumps([recipe, sorted(set(digests))]).encode(), digest_size=16).hexdigest()
@@ -141,7 +148,8 @@ def extract_features(
     features_ND = _stored_features(file, digests) if str(cache_dir) else None
     if features_ND is None:
         dataset = HalvesDataset(table, data_dir, img_size, clean=clean)
-        features_ND = _compute_features(model, dataset, dense, join, batch_size, workers, device)
+        pooling = {"dense": dense, "join": join, "layers": layers, "pools": pools}
+        features_ND = _compute_features(model, dataset, batch_size, workers, device, **pooling)
         if str(cache_dir):
             file.parent.mkdir(parents=True, exist_ok=True)
             photos, rows = np.unique(digests, return_index=True)  # sorted: whoever stores, the rows are the same
@@ -332,6 +340,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--backbone-weights", type=user_path, default="", help="local .safetensors file instead of timm's download")
     add("--random", action="store_true", help="random weights: nothing is downloaded, and little is learned")
     add("--dense", action="store_true", help="mean and sd of the patches instead of the pooled features")
+    add("--layers", type=int, nargs="+", default=(), help="several maps instead, from the end: -1 is the last")
+    add("--pools", nargs="+", choices=MAP_POOLS, default=["mean"], help="how each of the layers is pooled (mean)")
     add("--join", choices=_JOINS, default="mean", help="of the two halves (mean); concat is for fuse: concat")
     add("--clean", default="none", help="none, inpaint, crop or both (none)")
     add("--cache-dir", type=user_path, default="cache", help="keeps features for the next time (cache)")
@@ -378,6 +388,7 @@ def features_main(
     fold_N = assign_folds(table, args.n_folds, args.folds)
     names = ("img_size", "backbone_weights", "dense", "join", "clean", "cache_dir")
     options = {name: getattr(args, name) for name in names} | {"pretrained": not args.random}
+    options |= {"layers": tuple(args.layers), "pools": tuple(args.pools)}
     if args.features:
         features = read_features(args.features, args.ids)
     else:

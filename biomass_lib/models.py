@@ -123,6 +123,19 @@ class MassModel(nn.Module):
     def forward(self, halves_B2CHW: torch.Tensor) -> torch.Tensor:  # uint8 or float from 0 to 255 -> mass_B5, grams
         return self.outputs(self.features(halves_B2CHW))["mass_5"]
 
+# %% ../notebooks/22_models.ipynb #e12942ee
+def _values_of(
+    option: str,  # its name, for the message
+    text: str,  # joined by +
+    kind: type,  # int or float
+) -> tuple:
+    "Read numbers joined by +. Raises ValueError that names the option."
+    try:
+        return tuple(kind(part) for part in text.split("+"))
+    except ValueError as error:
+        wanted = "whole numbers below 0 joined by +, such as -1+-4" if kind is int else "such as 1.0+0.75"
+        raise ValueError(f"{option} = {text!r} must be {wanted}") from error
+
 # %% ../notebooks/22_models.ipynb #e6b99959
 class TwoStream(MassModel):
     "Send left and right half through one backbone, pool and fuse them, and predict five masses."
@@ -130,17 +143,26 @@ class TwoStream(MassModel):
     def __init__(
         self,
         backbone: nn.Module,  # from create_backbone; without its head when pool is not timm
-        pool: str = "timm",  # timm, or as for TokenPool
+        pool: str = "timm",  # timm, layers, or as for TokenPool
         fuse: str = "mean",  # as for Fusion
         aux: dict[str, list] | None = None,  # as for AuxHeads
         condition: bool = False,  # as for AuxHeads
+        layers: str = "-1",  # of pool = layers: from the end, -1 is the last, joined by +
+        pools: str = "mean+max+min+gem",  # of pool = layers, as for `pooled_layers`, joined by +
+        img_size: int = 768,  # pixels of a half's side, for pool = layers
         **heads: Any,  # as for MassHeads
     ):
         super().__init__(backbone)
+        self.layers = _values_of("layers", layers, int) if pool == "layers" else ()
+        self.pools = tuple(pools.split("+"))
         tokens = backbone.num_features
         pooled = getattr(backbone, "head_hidden_size", None) or tokens
-        self.pool = None if pool == "timm" else TokenPool(tokens, pool)
-        self.fusion = Fusion(self.pool.width if self.pool else pooled, fuse, tokens if self.pool else 0)
+        if self.layers:
+            self.pool = _BlockNorm(pooled_widths(backbone, (img_size,), self.layers, self.pools))
+        else:
+            self.pool = None if pool == "timm" else TokenPool(tokens, pool)
+        maps = tokens if isinstance(self.pool, TokenPool) else 0
+        self.fusion = Fusion(self.pool.width if self.pool else pooled, fuse, maps)
         self.aux = AuxHeads(self.fusion.width, aux or {}, condition)
         self.heads = MassHeads(self.fusion.width, **heads)
 
@@ -148,12 +170,32 @@ class TwoStream(MassModel):
         pixels_NCHW = self.pixels(halves_B2CHW.flatten(0, 1))
         if self.pool is None:
             return self.backbone(pixels_NCHW).unflatten(0, (-1, 2))
+        if self.layers:
+            return torch.cat(pooled_layers(self.backbone, pixels_NCHW, self.layers, self.pools), 1).unflatten(
+                0, (-1, 2)
+            )
         return token_map(self.backbone, pixels_NCHW).flatten(2).transpose(1, 2).unflatten(0, (-1, 2))
 
     def outputs(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         vector_B2D = features if self.pool is None else self.pool(features)
         fused_BF, auxiliary = self.aux(self.fusion(vector_B2D, features))
         return {"mass_5": self.heads(fused_BF)} | auxiliary
+
+# %% ../notebooks/22_models.ipynb #d7cd9718
+class _BlockNorm(nn.Module):
+    "Normalise blocks of features, each by itself."
+
+    def __init__(
+        self,
+        widths: list[int],  # of the blocks
+    ):
+        super().__init__()
+        self.widths, self.width = widths, sum(widths)
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for width in widths])
+
+    def forward(self, vector_B2D: torch.Tensor) -> torch.Tensor:  # vector_B2D
+        blocks = vector_B2D.split(self.widths, dim=-1)
+        return torch.cat([norm(block) for norm, block in zip(self.norms, blocks, strict=True)], dim=-1)
 
 # %% ../notebooks/22_models.ipynb #6fa55b9b
 class TilePool(nn.Module):
@@ -268,19 +310,6 @@ class Dense(MassModel):
         return torch.cat(mass_B2HW5.unbind(1), dim=2).movedim(-1, 1) / _QUADRAT_M2
 
 # %% ../notebooks/22_models.ipynb #ea726cdc
-def _values_of(
-    option: str,  # its name, for the message
-    text: str,  # joined by +
-    kind: type,  # int or float
-) -> tuple:
-    "Read numbers joined by +. Raises ValueError that names the option."
-    try:
-        return tuple(kind(part) for part in text.split("+"))
-    except ValueError as error:
-        wanted = "whole numbers below 0 joined by +, such as -1+-4" if kind is int else "such as 1.0+0.75"
-        raise ValueError(f"{option} = {text!r} must be {wanted}") from error
-
-
 def _unsolved(
     width: int,  # of all blocks together
     mean_3: torch.Tensor,  # grams, which are predicted
@@ -345,6 +374,7 @@ _OWN_OPTIONS = {
     "dense": {"halves": "together"},
     "frozen_ridge": {"layers": "-1", "pools": "mean+max+min+gem", "scales": "1.0"},
 }
+_LAYER_OPTIONS = {"layers": "-1", "pools": "mean+max+min+gem"}  # of two_stream where pool = layers
 
 
 def _own_options(
@@ -355,15 +385,17 @@ def _own_options(
     if name not in _OWN_OPTIONS:
         raise ValueError(f"model {name!r} is unknown; there are {', '.join(_OWN_OPTIONS)}")
     known = {option: default for own in _OWN_OPTIONS.values() for option, default in own.items()}
+    mine = _OWN_OPTIONS[name] | (_LAYER_OPTIONS if name == "two_stream" and options.get("pool") == "layers" else {})
     unknown = sorted(options.keys() - known.keys())
     if unknown:
         own = ", ".join(_OWN_OPTIONS[name]) or "none"
         raise ValueError(f"option {unknown[0]} is unknown; the options of {name} are {own}")
     for option, value in options.items():
-        if option not in _OWN_OPTIONS[name] and value != known[option]:
+        if option not in mine and value != known[option]:
             users = ", ".join(model for model, own in _OWN_OPTIONS.items() if option in own)
+            users += ", and to two_stream with pool = layers" * (option in _LAYER_OPTIONS)
             raise ValueError(f"{option} = {value!r} would do nothing: it belongs to {users}, and the model is {name}")
-    return {option: options.get(option, default) for option, default in _OWN_OPTIONS[name].items()}
+    return {option: options.get(option, default) for option, default in mine.items()}
 
 # %% ../notebooks/22_models.ipynb #1a4723a4
 def _refuse_heads(
@@ -404,11 +436,12 @@ def create_model(
         add_lora(network, lora_rank)
     start_g = (1.0,) * len(TARGETS) if mean_g is None else tuple(float(g) for g in mean_g)
     shape = {"hidden_ratio": hidden_ratio, "dropout": dropout, "targets": targets, "aux": aux or {}}
+    sized = {"img_size": img_size} if "layers" in own else {}
     if name == "frozen_ridge":
         _refuse_heads(targets, aux, lora_rank)
-        model = FrozenRidge(network, **own, img_size=img_size, mean_g=start_g)
+        model = FrozenRidge(network, **own, **sized, mean_g=start_g)
     else:
-        model = CLASSES[name](network, **own, **shape, mean_g=start_g)
+        model = CLASSES[name](network, **own, **sized, **shape, mean_g=start_g)
     model.spec = {"name": name, "backbone": backbone, "img_size": img_size, "clean": clean} | shape | own
     return model
 

@@ -33,6 +33,8 @@ VARIANTS = {
     "two_stream, gem, side by side": {"pool": "gem", "fuse": "concat"},
     "two_stream, attention, cross": {"pool": "attention", "fuse": "cross"},
     "two_stream, max_mean, cross": {"pool": "max_mean", "fuse": "cross"},
+    "two_stream, layers": {"pool": "layers", "layers": "-1+-2", "pools": "mean+max"},
+    "two_stream, layers, side by side": {"pool": "layers", "layers": "-2+-1", "pools": "gem", "fuse": "concat"},
     "two_stream, aux, condition": {"aux": KNOWN, "condition": True},
     "dinov2_tiled": {},
     "dinov2_tiled, identity, 3 x 3": {"film": "identity", "grid": 3},
