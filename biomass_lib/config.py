@@ -68,7 +68,7 @@ _FOLDER = (
     "no slash, line break or other invisible character"
 )
 _IDS = "image ids: quote those that are only digits"
-_AUX = ("ndvi", "height", "species", "state", "intervals", "five_intervals")
+_AUX = ("ndvi", "height", "species", "state", "intervals", "five_intervals", "spread")
 _LAYERS = "whole numbers counted from the end, each once, such as [-1, -4]; -1 is the last"
 _SCALES = "shares of img_size above 0 and at most 2, each once, such as [1.0, 0.75]"
 _MAP_POOLS = ("mean", "max", "min", "gem", "cls")
@@ -121,7 +121,7 @@ class Config:
     stage2_epochs: int = _number(15, least=0, most=100_000)  # epochs with everything trained
     stage2_lr: float = _number(1e-5, above=0)  # peak learning rate of the backbone in stage 2
     head_lr: float = _number(1e-4, least=0)  # and of everything else; 0: stage2_lr
-    loss: str = _choice("huber", "mse", "eps")  # eps: errors up to 1 g are free, above 20 g a tenth, at most 5 g
+    loss: str = _choice("huber", "mse", "eps", "nll")  # eps: errors up to 1 g are free, above 20 g a tenth, at most 5 g
     keep: str = _choice("last", "best")  # the weights of the last epoch, or of the one with the best held-out score
     amp: str = _choice("auto", "bf16", "fp16", "off")  # mixed precision
     wandb: bool = False  # log to Weights & Biases too, in addition to metrics.csv
@@ -316,8 +316,11 @@ def _conflicts(
     unlearned = c.loss_over == "primary" and c.targets == "five"
     yield "loss_over", unlearned, "all where targets = five, or two of the five masses would never be learned"
     yield "consistency", c.consistency > 0 and c.targets != "five", "0 unless targets = five: others have it built in"
-    beta = c.loss == "eps" and c.loss_beta_g != Config.loss_beta_g
-    yield "loss_beta_g", beta, f"{Config.loss_beta_g} with loss = eps, which has no use for it"
+    beta = c.loss in ("eps", "nll") and c.loss_beta_g != Config.loss_beta_g
+    yield "loss_beta_g", beta, f"{Config.loss_beta_g} with loss = {c.loss}, which has no use for it"
+    spread = "spread" in c.aux and c.aux_weight > 0
+    yield "aux", c.loss == "nll" and not spread, "with spread in it, and aux_weight above 0, where loss = nll"
+    yield "halves", c.loss == "nll" and c.halves == "apart", "together with loss = nll: spreads are of whole quadrats"
     apart = c.halves == "apart"
     yield "halves", apart and c.model != "dense", "together unless model = dense"
     yield (

@@ -123,7 +123,10 @@ def _mean_over_seeds(
         raise ValueError(
             f"seeds of fold {tables[0]['fold'][0]} hold different measured masses: train them on the same data"
         )
-    return tables[0].assign(**dict(zip((f"{name}_pred" for name in TARGETS), np.mean(pred_N5, axis=0).T, strict=True)))
+    means = dict(zip((f"{name}_pred" for name in TARGETS), np.mean(pred_N5, axis=0).T, strict=True))
+    spreads = [f"{name}_sd" for name in TARGETS if all(f"{name}_sd" in table for table in tables)]
+    means |= {name: np.mean([table[name] for table in tables], axis=0) for name in spreads}
+    return tables[0].assign(**means)
 
 # %% ../notebooks/52_evaluate.ipynb #ae50e809
 def read_oof(

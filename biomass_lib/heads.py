@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEARNED', 'POOLS', 'FUSIONS', 'MEASURED', 'NAMED', 'AUXILIARY', 'MassHeads', 'TokenPool', 'Fusion', 'Film',
-           'labels_of', 'aux_spec', 'class_groups', 'AuxHeads']
+           'labels_of', 'aux_spec', 'class_groups', 'AuxHeads', 'spread_g']
 
 # %% ../notebooks/21_heads.ipynb #6cf47431
 import math
@@ -203,15 +203,16 @@ class Film(nn.Module):
 MEASURED = {"ndvi": "Pre_GSHH_NDVI", "height": "Height_Ave_cm"}
 NAMED = {"species": "Species", "state": "State"}
 _BINNED = {"intervals": "Dry_Total_g", "five_intervals": list(TARGETS)}
-AUXILIARY = (*MEASURED, *NAMED, *_BINNED)
+_SPREAD = {"spread": list(TARGETS)}
+AUXILIARY = (*MEASURED, *NAMED, *_BINNED, *_SPREAD)
 
 
 def labels_of(
     table: Any,  # photographs, a data frame
     name: str,  # from AUXILIARY
-) -> Any:  # text for NAMED, finite numbers otherwise, None or NaN: no label; a series, for five_intervals a data frame
+) -> Any:  # text for NAMED, else finite numbers, None or NaN: no label; a series, for five masses a data frame
     "Read the labels of an auxiliary task. Raises ValueError for a missing column."
-    columns = (MEASURED | NAMED | _BINNED)[name]
+    columns = (MEASURED | NAMED | _BINNED | _SPREAD)[name]
     for column in [columns] if isinstance(columns, str) else columns:
         if column not in table:
             raise ValueError(f"aux = {name} needs the column {column} in the training table")
@@ -237,7 +238,9 @@ def aux_spec(
     names: Iterable[str] | str,  # from AUXILIARY; as text joined by +
     table: Any,  # training photographs, a data frame
     intervals: int = 8,  # ranges of the total
-) -> dict[str, list]:  # name -> mean and spread, classes, or inner edges in grams (five_intervals: of each mass)
+) -> dict[
+    str, list
+]:  # name -> mean and spread, classes, inner edges in grams (five_intervals: of each mass), or five sds
     """Collect what auxiliary heads have to know about the training data, from the photographs that have a label.
 
     Raises ValueError for unknown names, missing columns, and columns without a label."""
@@ -256,6 +259,8 @@ def aux_spec(
             spec[name] = sorted(set(known))
         elif name == "five_intervals":
             spec[name] = [_inner_edges(known[mass], 7, zero_apart=True) for mass in TARGETS]
+        elif name == "spread":
+            spec[name] = [max(1.0, float(known[mass].std(ddof=min(1, len(known) - 1)))) for mass in TARGETS]
         else:
             spec[name] = _inner_edges(known, intervals)
     return spec
@@ -265,9 +270,11 @@ def class_groups(
     name: str,  # of a task that is no measured one
     known: list,  # of `aux_spec`
 ) -> list[int]:  # numbers of classes, of each question that the task asks
-    "Count the classes of a task: one question, or five in `five_intervals`."
+    "Count the classes of a task: one question, or five in `five_intervals`; a spread is a number for each mass."
     if name == "five_intervals":
         return [len(edges) + 1 for edges in known]
+    if name == "spread":
+        return [1] * len(known)
     return [len(known) + (name == "intervals")]
 
 # %% ../notebooks/21_heads.ipynb #8c34b04d
@@ -299,5 +306,13 @@ class AuxHeads(nn.Module):
         context = []
         for name, value_BK in outputs.items():
             parts = value_BK.split(self.groups.get(name, [1]), dim=1)
-            context += parts if name in MEASURED else [part_BK.softmax(dim=1) for part_BK in parts]
+            context += parts if name in (*MEASURED, *_SPREAD) else [part_BK.softmax(dim=1) for part_BK in parts]
         return self.film(features_BD, torch.cat(context, dim=1)), outputs
+
+# %% ../notebooks/21_heads.ipynb #74baf7fe
+def spread_g(
+    raw_B5: torch.Tensor,  # what the head gives
+    known: list[float],  # of `aux_spec`: sd of the masses in training, grams
+) -> torch.Tensor:  # sd_B5, grams, float32
+    "Turn the outputs of the `spread` head into standard deviations."
+    return raw_B5.new_tensor(known, dtype=torch.float32) * (4 * (raw_B5.float() / 4).tanh()).exp()

@@ -284,6 +284,7 @@ def _half_widths(
     true_N5: np.ndarray,  # measured grams of photographs that the model did not learn from
     pred_N5: np.ndarray,  # grams predicted for them
     new_M5: np.ndarray,  # predicted grams of other photographs
+    sd: tuple[np.ndarray, np.ndarray] | None = None,  # predicted sds of both, sd_N5 and sd_M5, where the model has them
     level: float = 0.9,  # share of the truths that shall lie inside
 ) -> np.ndarray:  # half_M5: grams to both sides
     """Compute the half-widths of split conformal intervals.
@@ -294,9 +295,10 @@ def _half_widths(
     true_N5, pred_N5 = check_masses(true_N5, pred_N5)
     _check_level(level)
     mean_5 = np.maximum(true_N5.mean(axis=0), 1.0)
-    error_N5 = np.abs(true_N5 - pred_N5) / (np.maximum(pred_N5, 0) + mean_5)
+    size_N5, size_M5 = sd or (np.maximum(pred_N5, 0) + mean_5, np.maximum(new_M5, 0) + mean_5)
+    error_N5 = np.abs(true_N5 - pred_N5) / size_N5
     rank = min(int(np.ceil((len(true_N5) + 1) * level)), len(true_N5))
-    return np.sort(error_N5, axis=0)[rank - 1] * (np.maximum(new_M5, 0) + mean_5)
+    return np.sort(error_N5, axis=0)[rank - 1] * size_M5
 
 # %% ../notebooks/50_intervals.ipynb #13c54da1
 def conformal_intervals(
@@ -310,10 +312,12 @@ def conformal_intervals(
     part_N = oof["fold"].to_numpy() if oof["fold"].nunique() > 1 else visit_of(oof)
     if len(set(part_N)) < 2:
         raise ValueError("all photographs are of one fold and visit: prediction intervals need errors from others")
-    half_N5 = np.empty_like(pred_N5)
+    half_N5, names = np.empty_like(pred_N5), [f"{name}_sd" for name in TARGETS]
+    sd_N5 = oof[names].to_numpy() if set(names) <= set(oof.columns) else None
     for part in np.unique(part_N):
         here_N = part_N == part
-        half_N5[here_N] = _half_widths(true_N5[~here_N], pred_N5[~here_N], pred_N5[here_N], level)
+        sd = None if sd_N5 is None else (sd_N5[~here_N], sd_N5[here_N])
+        half_N5[here_N] = _half_widths(true_N5[~here_N], pred_N5[~here_N], pred_N5[here_N], sd, level)
     return np.maximum(pred_N5 - half_N5, 0), pred_N5 + half_N5
 
 # %% ../notebooks/50_intervals.ipynb #bbed03dc

@@ -42,6 +42,7 @@ from .dataset import STAND_IN, HalvesDataset, lost_batches, make_loader
 from .device import autocast_dtype, pick_device, set_deterministic, set_tf32, steady_memory
 from .files import file_sha256, remove_abandoned, replace_atomically
 from .logs import RunLog, StepClock
+from .heads import spread_g
 from .losses import AuxLoss, MassLoss
 from .models import FrozenRidge, MassModel, save_weights
 from .optim import Averaged, check_finite, cosine_with_warmup, make_optimizer, rising_with_warmup
@@ -125,6 +126,8 @@ class _Progress:
     best_sha256: dict[str, str] = field(default_factory=dict)  # of its two files, by suffix
     best_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # held-out masses at the best epoch
     last_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # and at the last one
+    best_sd_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # their sds, with aux = spread
+    last_sd_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))
 
 # %% ../notebooks/35_loop.ipynb #f5e02755
 @dataclass
@@ -254,6 +257,14 @@ def _compared(
     return outputs["half_mass_25"].flatten(0, 1), true_B5.repeat_interleave(2, dim=0)
 
 
+def _spread_of(
+    t: "Training",
+    outputs: dict[str, torch.Tensor],  # of the model
+) -> torch.Tensor | None:  # sd_B5, grams; None: nobody asked
+    "Return the predicted spreads of the masses."
+    return spread_g(outputs["spread"], t.model.spec["aux"]["spread"]) if "spread" in outputs else None
+
+
 def _to_device(
     batch: dict[str, torch.Tensor],  # of a loader
     device: torch.device,
@@ -276,7 +287,7 @@ def _accumulate_gradients(
             batch = _to_device(batch, t.device)
             with t.autocast():
                 outputs = t.runner(batch)
-            loss, parts_3 = t.criterion(*_compared(outputs, batch["mass_5"]))
+            loss, parts_3 = t.criterion(*_compared(outputs, batch["mass_5"]), _spread_of(t, outputs))
             if t.aux:
                 loss = loss + t.config.aux_weight * t.aux(outputs, batch["index"])
             t.scaler.scale(loss * (count * world()[1] / total)).backward()
@@ -380,21 +391,23 @@ def _train_epoch(
 def _predict_held_out(
     t: Training,
     loader: DataLoader,  # without augmentation
-) -> torch.Tensor:  # mass_N5 in the order of the table
+) -> tuple[torch.Tensor, torch.Tensor]:  # mass_N5 in the order of the table, and sd_N5, with aux = spread, or empty_N0
     "Predict held-out photographs. Raises FloatingPointError for predictions that are not finite."
     rows, preds = [], []
     for batch in loader:
         with t.autocast():
-            preds.append(_Runner(t.model)(_to_device(batch, t.device))["mass_5"].float().cpu())
+            outputs = _Runner(t.model)(_to_device(batch, t.device))
+        sd_B5 = _spread_of(t, outputs)
+        preds.append(torch.cat([outputs["mass_5"].float()] + ([] if sd_B5 is None else [sd_B5]), dim=1).cpu())
         rows.append(batch["index"])
-    pred_N5 = gather_rows(torch.cat(rows), torch.cat(preds), len(loader.dataset.mass_N5))
-    bad = int((~torch.isfinite(pred_N5)).any(dim=1).sum())
+    pred_NK = gather_rows(torch.cat(rows), torch.cat(preds), len(loader.dataset.mass_N5))
+    bad = int((~torch.isfinite(pred_NK)).any(dim=1).sum())
     if bad:
         raise FloatingPointError(
             f"epoch {t.progress.epoch}: the predictions of {bad} held-out photographs are not finite: "
             "lower the learning rate"
         )
-    return pred_N5
+    return pred_NK[:, :5], pred_NK[:, 5:]
 
 # %% ../notebooks/35_loop.ipynb #4ea8c2c4
 _R2_NAMES = ("Dry_Total_g", "GDM_g", "Dry_Green_g", "Dry_Dead_g", "Dry_Clover_g")
@@ -405,19 +418,23 @@ _VALID_NAMES = ("val/loss", "val/score", "val/r2_total", "val/r2_gdm", "val/r2_g
 def validate(
     t: Training,
     loader: DataLoader,  # without augmentation
-) -> tuple[dict[str, float], np.ndarray]:  # logged values, and mass_N5 in the order of the table
+) -> tuple[
+    dict[str, float], np.ndarray, np.ndarray
+]:  # logged values; mass_N5 in the order of the table; sd_N5 or empty_N0
     """Measure loss, official score and per-target R2 of a held-out set; a score that is not defined is NaN.
 
     Raises FloatingPointError for predictions that are not finite."""
     t.model.eval()
     same_buffers(t.model)
-    true_N5, pred_N5 = loader.dataset.mass_N5, _predict_held_out(t, loader)
-    loss, _ = t.criterion(pred_N5.to(t.device), true_N5.to(t.device))
+    true_N5, (pred_N5, sd_NK) = loader.dataset.mass_N5, _predict_held_out(t, loader)
+    spread_N5 = sd_NK.to(t.device) if sd_NK.shape[1] else None
+    loss, _ = t.criterion(pred_N5.to(t.device), true_N5.to(t.device), spread_N5)
     mass_N5 = pred_N5.double().numpy()
     r2 = r2_per_target(true_N5.numpy(), mass_N5)
     defined = len(torch.unique(true_N5)) > 1  # a held-out visit of bare quadrats has no spread to explain
     score = weighted_r2(true_N5.numpy(), mass_N5) if defined else math.nan
-    return dict(zip(_VALID_NAMES, (loss.item(), score, *(r2[name] for name in _R2_NAMES)), strict=True)), mass_N5
+    row = dict(zip(_VALID_NAMES, (loss.item(), score, *(r2[name] for name in _R2_NAMES)), strict=True))
+    return row, mass_N5, sd_NK.double().numpy()
 
 # %% ../notebooks/35_loop.ipynb #1124fa53
 def _with_bank(
@@ -480,7 +497,7 @@ def _note_best(
     merit = -valid_row["val/loss"] if math.isnan(score) else score
     if not merit > p.best_score:  # a loss may be NaN
         return
-    p.best_score, p.best_epoch, p.best_N5 = merit, p.epoch, p.last_N5
+    p.best_score, p.best_epoch, p.best_N5, p.best_sd_N5 = merit, p.epoch, p.last_N5, p.last_sd_N5
     if is_main() and t.config.keep == "best":
         best = t.best_file(p.epoch)
         save_weights(t.model, best, t.guard, epoch=p.epoch, score=None if math.isnan(score) else score, **meta)
@@ -502,8 +519,8 @@ def _run_epoch(
     valid_row = dict.fromkeys(_VALID_NAMES, math.nan)
     if valid_loader is not None:
         with averaged.applied(t.model) if averaged else nullcontext():
-            valid_row, mass_N5 = validate(t, valid_loader)
-            p.last_N5 = torch.from_numpy(mass_N5)
+            valid_row, *predicted = validate(t, valid_loader)
+            p.last_N5, p.last_sd_N5 = map(torch.from_numpy, predicted)
             _note_best(t, valid_row, **meta)
     place = {"epoch": p.epoch, "stage": _stage_plan(c)[p.epoch - 1]}
     best_score = math.nan if math.isnan(valid_row["val/score"]) else p.best_score
@@ -602,6 +619,8 @@ class FitResult:
     best_epoch: int  # 0 where nothing was held out
     best_N5: np.ndarray  # masses of the held-out photographs at that epoch
     last_N5: np.ndarray  # and at the last epoch
+    best_sd_N5: np.ndarray  # sds that are predicted with aux = spread, or empty
+    last_sd_N5: np.ndarray
     log: RunLog  # to be finished with the out-of-fold table
 
     @property
@@ -611,6 +630,10 @@ class FitResult:
     @property
     def kept_N5(self) -> np.ndarray:  # masses that the saved weights predict for the held-out photographs
         return self.best_N5 if self.kept == "best" else self.last_N5
+
+    @property
+    def kept_sd_N5(self) -> np.ndarray:  # and their sds
+        return self.best_sd_N5 if self.kept == "best" else self.last_sd_N5
 
     def score_at(self, epoch: int) -> float:  # NaN where it is not defined
         scores = self.history.set_index("epoch")["val/score"]
@@ -627,6 +650,16 @@ class FitResult:
     @property
     def last_score(self) -> float:
         return float(self.history["val/score"].iloc[-1])
+
+# %% ../notebooks/35_loop.ipynb #54ac7612
+def _fit_result(
+    t: Training,  # that has ended
+    kept: str,  # last or best
+) -> FitResult:
+    "Collect what a training has found."
+    p, names = t.progress, ("best_N5", "last_N5", "best_sd_N5", "last_sd_N5")
+    arrays = {name: getattr(p, name).numpy() for name in names}
+    return FitResult(t.log.history, t.log.speed, kept, p.best_epoch, log=t.log, **arrays)
 
 # %% ../notebooks/35_loop.ipynb #129d9cd3
 def _is_over(
@@ -688,10 +721,10 @@ def fit(
             loaders, opened = _open_stage(t, layers, train_loader, valid_loader), layers
         with lost_batches():
             _run_epoch(t, *loaders, **meta)
-    kept, p = config.keep, t.progress
+    kept = config.keep
     if is_main():
         _name_best_weights(t) if kept == "best" else _save_last_weights(t, **meta)
-    return FitResult(t.log.history, t.log.speed, kept, p.best_epoch, p.best_N5.numpy(), p.last_N5.numpy(), t.log)
+    return _fit_result(t, kept)
 
 # %% ../notebooks/35_loop.ipynb #9be5a788
 def _frozen_features(
@@ -750,10 +783,10 @@ def fit_ridges(
     row, speed = _solve_epoch(t, train_loader.dataset)
     p, valid_row = t.progress, dict.fromkeys(_VALID_NAMES, math.nan)
     if valid_loader is not None:
-        valid_row, mass_N5 = validate(t, _with_bank(t, valid_loader))
-        p.last_N5 = torch.from_numpy(mass_N5)
+        valid_row, *predicted = validate(t, _with_bank(t, valid_loader))
+        p.last_N5, p.last_sd_N5 = map(torch.from_numpy, predicted)
         _note_best(t, valid_row, **meta)
     place = {"epoch": 1, "stage": 1}
     t.log.epoch(place | row | valid_row, place | speed, (p.best_epoch, valid_row["val/score"]))
     _save_last_weights(t, **meta)
-    return FitResult(t.log.history, t.log.speed, config.keep, p.best_epoch, p.best_N5.numpy(), p.last_N5.numpy(), t.log)
+    return _fit_result(t, config.keep)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .heads import MEASURED, NAMED, class_groups, labels_of
+from .heads import MEASURED, NAMED, class_groups, labels_of, spread_g
 from .targets import PRIMARY, TARGETS, WEIGHTS
 
 # %% ../notebooks/23_losses.ipynb #6f4c8065
@@ -39,11 +39,11 @@ def _imbalance_g(
     green, dead, clover, gdm, total = mass_B5.unbind(-1)
     return (gdm - green - clover).abs() + (total - gdm - dead).abs()
 
-# %% ../notebooks/23_losses.ipynb #a5d1b762
-LOSSES = ("huber", "mse", "eps")
+# %% ../notebooks/23_losses.ipynb #b6765715
+LOSSES = ("huber", "mse", "eps", "nll")
 _LOSS_OVER = {"primary": PRIMARY, "all": TARGETS}
 
-
+# %% ../notebooks/23_losses.ipynb #a5d1b762
 class MassLoss(nn.Module):
     "Compute a weighted loss over masses. Raises ValueError for an unknown kind."
 
@@ -51,7 +51,7 @@ class MassLoss(nn.Module):
         self,
         scale_g: float,  # grams that count as 1
         beta_g: float = 10.0,  # of huber: grams of error where square turns into linear
-        kind: str = "huber",  # huber, mse or eps
+        kind: str = "huber",  # huber, mse, eps or nll
         over: str = "primary",  # primary or all: the masses that count
         consistency: float = 0.0,  # weight of the grams that sums lack of their parts
     ):
@@ -71,10 +71,13 @@ class MassLoss(nn.Module):
         self,
         pred_B5: torch.Tensor,  # grams, order of TARGETS
         true_B5: torch.Tensor,  # grams, order of TARGETS
+        sd_B5: torch.Tensor | None = None,  # grams, predicted; for nll
     ) -> tuple[torch.Tensor, torch.Tensor]:  # the loss, and parts_3 before weighting, order of PRIMARY
-        "Scale the errors, then take the mean over the batch."
-        error_B5 = (pred_B5 - true_B5) / self.scale_g
-        if self.kind == "mse":
+        "Scale the errors, then take the mean over the batch. Raises ValueError for nll without predicted spreads."
+        if self.kind == "nll" and sd_B5 is None:
+            raise ValueError("loss = nll needs predicted spreads: add spread to aux")
+        error_B5 = (pred_B5 - true_B5) / (sd_B5.detach() if self.kind == "nll" else self.scale_g)
+        if self.kind in ("mse", "nll"):
             parts_5 = error_B5.square().mean(dim=0) / 2
         elif self.kind == "eps":
             parts_5 = F.relu(error_B5.abs() - _tolerance_g(true_B5) / self.scale_g).mean(dim=0)
@@ -90,7 +93,7 @@ def _scaled_labels(
     table: Any,  # training photographs, a data frame
     name: str,  # of the task
     known: list,  # of its heads, from `aux_spec`
-) -> torch.Tensor:  # true_N (five_intervals: true_N5), float32: scaled value or number of the class; NaN: no label
+) -> torch.Tensor:  # true_N (of five masses: true_N5), float32: scaled value, number of the class, grams; NaN: no label
     "Read labels as the heads predict them. Raises ValueError for a class that the heads do not know."
     labels = labels_of(table, name)
     if name in MEASURED:
@@ -102,6 +105,8 @@ def _scaled_labels(
             raise ValueError(f"aux = {name}: {unknown[0]} is not among those the heads know: {', '.join(known)}")
         return torch.tensor(labels.map({label: at for at, label in enumerate(known)}).to_numpy(dtype=np.float32))
     mass_NM = torch.tensor(labels.to_numpy()).reshape(len(labels), -1)
+    if name == "spread":
+        return mass_NM.float()
     columns = zip(mass_NM.unbind(1), known if name == "five_intervals" else [known], strict=True)
     edges = [(mass_N.contiguous(), torch.tensor(edges, dtype=torch.float64)) for mass_N, edges in columns]
     true_NM = torch.stack([torch.bucketize(mass_N, edge).float() for mass_N, edge in edges], dim=1)
@@ -121,6 +126,16 @@ def _class_loss(
     ]
     weights = WEIGHTS if len(groups) == len(TARGETS) else [1.0]
     return sum(weight * loss_B for weight, loss_B in zip(weights, losses, strict=True)) / sum(weights)
+
+# %% ../notebooks/23_losses.ipynb #4700fba5
+def _spread_loss(
+    error_B5: torch.Tensor,  # grams
+    sd_B5: torch.Tensor,  # grams, predicted
+    known: list[float],  # sd of the masses in training, grams
+) -> torch.Tensor:  # loss_B
+    "Compute the negative log-likelihood of errors under normal distributions, weighted as the score is."
+    nll_B5 = (error_B5 / sd_B5).square() / 2 + (sd_B5 / sd_B5.new_tensor(known)).log()
+    return nll_B5 @ nll_B5.new_tensor(WEIGHTS) / sum(WEIGHTS)
 
 # %% ../notebooks/23_losses.ipynb #63658d05
 class AuxLoss(nn.Module):
@@ -149,6 +164,9 @@ class AuxLoss(nn.Module):
             true_BQ = true_BQ.nan_to_num()
             if name in MEASURED:
                 loss_B = F.smooth_l1_loss(pred_BK, true_BQ, reduction="none")[:, 0]
+            elif name == "spread":
+                error_B5 = true_BQ - outputs["mass_5"].detach().float()
+                loss_B = _spread_loss(error_B5, spread_g(pred_BK, self.known[name]), self.known[name])
             else:
                 loss_B = _class_loss(pred_BK, true_BQ, class_groups(name, self.known[name]))
             losses.append((loss_B * known_B).sum() / known_B.sum().clamp(min=1))

@@ -194,11 +194,14 @@ def oof_table(
     valid: pd.DataFrame,  # the held-out photographs
     fold: int,  # their fold
     mass_N5: np.ndarray,  # predictions in the same order
+    sd_N5: np.ndarray | None = None,  # their predicted sds; None or empty: nobody asked
 ) -> pd.DataFrame:
     "Put truth and prediction of the held-out photographs side by side, one row each."
     table = valid[["image_id"]].assign(fold=fold, Sampling_Date=valid.Sampling_Date.dt.strftime("%Y-%m-%d"))
     table[["State", "Species", *TARGETS]] = valid[["State", "Species", *TARGETS]]
     table[[f"{name}_pred" for name in TARGETS]] = mass_N5
+    if sd_N5 is not None and sd_N5.shape[1]:
+        table[[f"{name}_sd" for name in TARGETS]] = sd_N5
     return table
 
 # %% ../notebooks/36_train.ipynb #9f746522
@@ -212,10 +215,11 @@ def _write_oof(
     if config.fold == ALL:
         return None
     out_dir = cell_folder(fold.run_dir, Cell.of(config))
-    other, mass_N5 = ("best", result.best_N5) if config.keep == "last" else ("last", result.last_N5)
-    oof = oof_table(fold.valid, config.fold, result.kept_N5)
+    other = "best" if config.keep == "last" else "last"
+    predicted = (result.best_N5, result.best_sd_N5) if other == "best" else (result.last_N5, result.last_sd_N5)
+    oof = oof_table(fold.valid, config.fold, result.kept_N5, result.kept_sd_N5)
     write_csv(oof, out_dir / "oof.csv", guard=guard)
-    write_csv(oof_table(fold.valid, config.fold, mass_N5), out_dir / f"oof_{other}.csv", guard=guard)
+    write_csv(oof_table(fold.valid, config.fold, *predicted), out_dir / f"oof_{other}.csv", guard=guard)
     return oof
 
 

@@ -19,7 +19,7 @@ from biomass_lib.dataset import HalvesDataset, make_loader
 from biomass_lib.demo import render_dataset
 from biomass_lib.evaluate import read_oof
 from biomass_lib.files import write_csv
-from biomass_lib.intervals import masses_of, scores
+from biomass_lib.intervals import conformal_intervals, masses_of, scores
 from biomass_lib.models import create_model, load_model
 from biomass_lib.runs import make_report
 from biomass_lib.submit import load_ensemble
@@ -54,6 +54,25 @@ def killed_fold(config: Config, monkeypatch: pytest.MonkeyPatch, epoch: int = 2,
         patched.setattr(loop, "validate", validate_then_die)
         train.train_fold(config, **given)
     return Path(config.runs_dir) / config.experiment / f"fold{config.fold}"
+
+
+def test_spreads_reach_the_table_and_its_intervals(settings, tmp_path, monkeypatch):
+    "The likelihood trains mean and sd; a killed training goes on to the same ones."
+    parts = {"aux": ("spread", "height"), "aux_weight": 1.0, "loss": "nll", "swa_epochs": 0}
+    config = dataclasses.replace(settings, runs_dir=str(tmp_path / "whole"), **parts)
+    for fold in range(config.n_folds):
+        train.train_fold(dataclasses.replace(config, fold=fold))
+    oof = read_oof(tmp_path / "whole" / config.experiment)
+    sd_N5 = oof[[f"{name}_sd" for name in TARGETS]].to_numpy()
+    assert (sd_N5 > 0).all() and np.ptp(sd_N5[:, -1]) > 0
+    low_N5, high_N5 = conformal_intervals(oof)
+    ratio_N = (high_N5[:, -1] - oof["Dry_Total_g_pred"]) / sd_N5[:, -1]
+    assert ratio_N.groupby(oof["fold"]).agg(np.ptp).max() < 1e-6, "a fold has one factor"
+    killed = dataclasses.replace(config, runs_dir=str(tmp_path / "killed"), fold=0)
+    folder = killed_fold(killed, monkeypatch, epoch=2)
+    train.train_fold(killed)
+    whole = tmp_path / "whole" / config.experiment / "fold0/oof.csv"
+    assert (folder / "oof.csv").read_bytes() == whole.read_bytes()
 
 
 def test_weights_and_their_facts_arrive_together(settings, tmp_path, monkeypatch):
