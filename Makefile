@@ -74,7 +74,7 @@ test: $(READY) check
 	@echo "== run the end-to-end tests"
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -rs -n 2 --dist loadfile $(STUCK) tests $(if $(SLOW),--slow)
 
-# all variants of the model on the demo data, six minutes on the two cores of the README; folds that are done are not trained again
+# all variants of the model on the demo data, a quarter of an hour on two cores; folds that are done are not trained again
 variants: $(READY)
 	@echo "== train all variants: runs/variants"
 	@"$(BIN)/biomass_demo" --out "$(DEMO)" --n-train 96 --n-test 24 --seed 0
@@ -99,7 +99,7 @@ versions: $(READY)
 # what is quoted in the README; nothing else should run meanwhile
 bench: $(READY)
 	@mkdir -p runs/bench
-	@for name in loading training predict; do \
+	@for name in loading training predict sweep; do \
 	    echo "== measure $$name: runs/bench/bench_$$name.ipynb" && \
 	    $(PAPERMILL) notebooks/bench_$$name.ipynb runs/bench/bench_$$name.ipynb -f notebooks/params/bench_$$name.yaml || exit 1; \
 	done

@@ -712,8 +712,14 @@ def compare_main(
     page = make_comparison(options.runs, options.base, options.out, options.data_dir, options.notebook)
     facts = read_json(page.with_suffix(".json"))
     table = pd.read_csv(page.with_suffix(".csv")).sort_values("score", ascending=False)
-    columns = ["run", "score", "low", "high", "delta", "delta_low", "delta_high"]
-    print(table[columns].to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
+    varied = list(table.columns[1 : table.columns.get_loc("score")])  # in a sweep, what the folders' hashes stand for
+    numbers = ["score", "low", "high", "delta", "delta_low", "delta_high"]
+    table[varied] = table[varied].map(one_line)
+    print(
+        table[["run", *(varied if len(varied) <= 4 else []), *numbers]].to_string(
+            index=False, float_format="{:.3f}".format, na_rep="-"
+        )
+    )
     gain = facts["gain"]
     if gain.get("low") is not None:
         print(f"\nbest of {facts['settings']}: {one_line(facts['best'])}, base: {one_line(facts['base'])}")
