@@ -60,7 +60,7 @@ from biomass_lib.kaggle_rules import (
     unknown_licences,
 )
 from .models import load_model, state_sha256
-from .predict import DEFAULT_VIEWS, VIEWS, check_views, predict_masses
+from .predict import DEFAULT_VIEWS, SHOWN_BY, VIEWS, check_views, predict_masses
 from .report import read_report
 from biomass_lib.submit import (
     MANIFEST_FORMAT,
@@ -267,6 +267,21 @@ def _weighted_mean(
     values = [sidecar.get(name) for sidecar in sidecars]
     return None if None in values else np.average(values, axis=0, weights=weights).round(4).tolist()
 
+# %% ../notebooks/71_weights.ipynb #ef84c35f
+def _seen_views(
+    views: tuple[str, ...],
+    run_dirs: Iterable[Path],  # runs/<experiment>
+) -> list[str]:  # the same
+    "Check that all runs were trained with such views. Raises ValueError that names the run, and as `check_views`."
+    for run_dir in run_dirs:
+        augment = str(read_yaml(run_dir / "params.yaml").get("augment", "reference"))
+        for view in check_views(views):
+            parts = SHOWN_BY.get(view)
+            if parts and augment != "strong" and not set(parts) & set(augment.split("+")):
+                needed = " or ".join(parts)
+                raise ValueError(f"view {view}: {run_dir} was trained with augment = {augment}, without {needed}")
+    return list(views)
+
 # %% ../notebooks/71_weights.ipynb #7f3f3bd8
 def _build_manifest(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
@@ -295,7 +310,7 @@ def _build_manifest(
         "project": "biomass",
         "experiment": "+".join(names),
         "models": list(entries),
-        "views": list(check_views(views)),
+        "views": _seen_views(views, runs),
         "projection": projection,
         "train_mean_g": _weighted_mean(sidecars, "train_mean_g", shares),
         "train_quantiles_g": _weighted_mean(sidecars, "train_quantiles_g", shares),
@@ -873,7 +888,7 @@ def weights_main(
     parser.add_argument("--half", action="store_true", help="half precision; says what it does to the score")
     parser.add_argument("--project", action="store_true", help="the kernel makes masses balance")
     _add_adapt_options(parser)
-    parser.add_argument("--views", nargs="+", default=DEFAULT_VIEWS, help=f"of {', '.join(VIEWS)}")
+    parser.add_argument("--views", nargs="+", default=DEFAULT_VIEWS, help=f"of {', '.join((*VIEWS, *SHOWN_BY))}")
     parser.add_argument(
         "--data-dir", type=user_path, default="", help="training photographs, for what --half does; those of the run"
     )
