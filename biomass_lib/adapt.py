@@ -310,6 +310,9 @@ def _pseudo_masses(
         return heads(predicted[0]).double().numpy()
 
 # %% ../notebooks/43_adapt.ipynb #58916a49
+_FEWEST = 5  # test photographs; the kernel is first run with one
+
+
 def _align_masses(
     train_ND: np.ndarray,  # features
     mass_N5: np.ndarray,  # measured grams
@@ -317,7 +320,9 @@ def _align_masses(
     plain_M5: np.ndarray,  # not used
     check: _Check = lambda: None,  # called before each epoch; what it raises ends the training
 ) -> np.ndarray:  # mass_M5, grams
-    "Train heads on features scaled by the mean and spread of their own set, and predict the test photographs."
+    "Train heads on features scaled by the mean and spread of their own set. Raises ValueError for too few photographs."
+    if len(test_MD) < _FEWEST:
+        raise ValueError(f"{len(test_MD)} test photographs have no spread to speak of; align needs {_FEWEST}")
     scaled = [(each - mean_D) / sd_D for each in (train_ND, test_MD) for mean_D, sd_D in [feature_scale(each)]]
     measured = _tensors(scaled[0], mass_N5)
     heads = _train_heads([measured], [_EPOCHS + _AFTER], check)

@@ -868,7 +868,11 @@ def _adapt_lines(
     if not settings:
         return []
     minutes = adaptation_minutes(specs[:1] if settings["method"] == "report" else specs)
-    line = f"adapt {settings['method']}: about {minutes:.1f} minutes of two T4, {settings['minutes']:g} are granted"
+    line = f"adapt {settings['method']}: about {minutes:.1f} minutes of two T4"
+    if settings["method"] != "report":
+        minutes += len(specs)
+        line += f" and {len(specs)} of the CPU"  # of one core, 1,157 photographs and 2,048 features
+    line += f", {settings['minutes']:g} are granted"
     return [line + ("; set --adapt-minutes higher" if minutes > 0.8 * settings["minutes"] else "")]
 
 # %% ../notebooks/71_weights.ipynb #b7e101c5
