@@ -201,7 +201,8 @@ with only_a_picture():
         axes[1].hist(table["distance"], bins=20, color="#D55E00", alpha=0.7)
         axes[1].axvline(1, color="black", linewidth=1)
         axes[1].set_title(f"{facts['outside']:.0%} outside the training range", fontsize=9)
-        axes[1].set(xlabel="distance to the nearest training photograph\n(1: the edge of their range)", ylabel="photographs")
+        axes[1].set_xlabel("distance to the nearest training photograph\n(1: the edge of their range)")
+        axes[1].set_ylabel("photographs")
         plt.show()
         print(table["nearest_visit"].value_counts().head(8).to_string())
 
