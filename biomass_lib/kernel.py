@@ -38,8 +38,10 @@ MODULES = (
     "backbones",
     "heads",
     "models",
+    "ridge",
     "predict",
     "submit",
+    "adapt",
 )
 
 # %% ../notebooks/72_kernel.ipynb #4dc75384
@@ -59,7 +61,7 @@ def _imported_names(
 
 # %% ../notebooks/72_kernel.ipynb #234d8978
 _ON_KAGGLE = {"numpy", "pandas", "torch", "timm", "cv2", "safetensors"}
-_NOT_REACHED = {"peft"}  # by add_lora, in training only: low-rank changes are merged before weights are saved
+_NOT_REACHED = {"peft", "scipy"}  # in functions of training: add_lora, and the stacking of ridges
 
 
 def _foreign_imports(

@@ -24,9 +24,11 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save
 
+from .adapt import METHODS, adapt_settings
 from .claims import Cell, cell_folder
 from .command import command, fold_name, user_path
 from .config import ALL, MACHINE_PARAMETERS, Config, read_yaml
+from .cost import adaptation_minutes
 from biomass_lib.evaluate import (
     WEIGHTED,
     ensemble_table,
@@ -58,7 +60,7 @@ from biomass_lib.kaggle_rules import (
     unknown_licences,
 )
 from .models import load_model, state_sha256
-from .predict import DEFAULT_VIEWS, VIEWS, check_views, predict_masses
+from .predict import DEFAULT_VIEWS, SHOWN_BY, VIEWS, check_views, predict_masses
 from .report import read_report
 from biomass_lib.submit import (
     MANIFEST_FORMAT,
@@ -265,6 +267,21 @@ def _weighted_mean(
     values = [sidecar.get(name) for sidecar in sidecars]
     return None if None in values else np.average(values, axis=0, weights=weights).round(4).tolist()
 
+# %% ../notebooks/71_weights.ipynb #ef84c35f
+def _seen_views(
+    views: tuple[str, ...],
+    run_dirs: Iterable[Path],  # runs/<experiment>
+) -> list[str]:  # the same
+    "Check that all runs were trained with such views. Raises ValueError that names the run, and as `check_views`."
+    for run_dir in run_dirs:
+        augment = str(read_yaml(run_dir / "params.yaml").get("augment", "reference"))
+        for view in check_views(views):
+            parts = SHOWN_BY.get(view)
+            if parts and augment != "strong" and not set(parts) & set(augment.split("+")):
+                needed = " or ".join(parts)
+                raise ValueError(f"view {view}: {run_dir} was trained with augment = {augment}, without {needed}")
+    return list(views)
+
 # %% ../notebooks/71_weights.ipynb #7f3f3bd8
 def _build_manifest(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
@@ -293,7 +310,7 @@ def _build_manifest(
         "project": "biomass",
         "experiment": "+".join(names),
         "models": list(entries),
-        "views": list(check_views(views)),
+        "views": _seen_views(views, runs),
         "projection": projection,
         "train_mean_g": _weighted_mean(sidecars, "train_mean_g", shares),
         "train_quantiles_g": _weighted_mean(sidecars, "train_quantiles_g", shares),
@@ -449,6 +466,17 @@ def _card_files(
     ]
     return "\n".join([_markdown_table(rows), *[f"\n{markdown_text(line)}." for line in _sharing_lines(manifest)]])
 
+# %% ../notebooks/71_weights.ipynb #ac957e9c
+def _card_adapt(
+    manifest: dict[str, Any],  # of the weights
+) -> list[str]:  # lines; none without adaptation
+    "Say that the kernel mixes in predictions of a student."
+    settings = manifest.get("adapt")
+    if not settings or settings["method"] == "report":
+        return []
+    how = f"adapted to the test photographs ({settings['method']}), in a share of {settings['share']:g}"
+    return [f"The kernel mixes in predictions of heads that it has {how}; scores below are without it."]
+
 # %% ../notebooks/71_weights.ipynb #aa1913df
 def _card_training(
     manifest: dict[str, Any],  # of the weights
@@ -476,6 +504,7 @@ def _card_models(
         "Some of the five masses are learned, the others follow from sums and differences, never negative. The "
         f"prediction is the weighted mean of the networks over the views {views}"
         + (", moved to the nearest masses that balance." if manifest["projection"] else "."),
+        *_card_adapt(manifest),
         "",
         _card_files(manifest),
         "",
@@ -745,15 +774,17 @@ def assemble_weights(
     project: bool = False,  # the kernel makes masses balance, by the out-of-fold errors
     views: tuple[str, ...] = DEFAULT_VIEWS,  # that the kernel shows to each model
     data_dir: str | Path = "",  # to measure what half precision does; empty: the run's own, if it is here
+    adapt: dict[str, Any] | None = None,  # what the kernel does after it, as for `adapt_settings`
 ) -> dict[str, Any]:  # the manifest that was written
     """Fill the weights folder: weights, model card, manifest last; then read all of it back.
 
     Raises ValueError for what Kaggle would refuse, OSError when a copy differs, and as `_build_manifest` does."""
-    out, runs = Path(out), runs if isinstance(runs, dict) else choose_members(runs)
+    out, runs, settings = Path(out), runs if isinstance(runs, dict) else choose_members(runs), adapt_settings(adapt)
     shares = dict(zip(runs, _run_shares(runs, weights), strict=True))
     runs = {run_dir: cells for run_dir, cells in runs.items() if shares[run_dir] > 0}
     shares = [shares[run_dir] for run_dir in runs]
     manifest = _build_manifest(runs, shares, half, _projection(runs, shares) if project else None, views)
+    manifest |= {"adapt": settings} if settings else {}
     sources = _sources(runs, manifest)
     shared = _find_shared(sources, half)
     problems = check_weights_folder(out, [*shared, *sources])
@@ -806,6 +837,44 @@ def _before_upload(
         problems = [str(error)]
     return [f"before an upload: {line}" for line in (*problems, *unknown_licences(manifest))]
 
+# %% ../notebooks/71_weights.ipynb #0ed65886
+def _add_adapt_options(
+    parser: argparse.ArgumentParser,
+) -> None:
+    "Let a command have the options of adaptation."
+    parser.add_argument(
+        "--adapt", choices=METHODS, help="the kernel adapts to the test photographs, or reports on them"
+    )
+    parser.add_argument("--adapt-share", type=float, help="of what adapts, in the mean (0.2)")
+    parser.add_argument("--adapt-minutes", type=float, help="that it may take, of the kernel's hours (30)")
+
+
+def _adapt_options(
+    args: argparse.Namespace,
+) -> dict[str, Any] | None:  # for `adapt_settings`
+    "Collect what was asked of adaptation. Raises ValueError for a share or minutes without a method."
+    given = {"method": args.adapt, "share": args.adapt_share, "minutes": args.adapt_minutes}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and args.adapt is None:
+        raise ValueError(f"--adapt-{next(iter(given))} does nothing without --adapt METHOD")
+    return given or None
+
+
+def _adapt_lines(
+    manifest: dict[str, Any],
+) -> list[str]:  # none without adaptation
+    "Say what adaptation will cost."
+    settings, specs = manifest.get("adapt"), [entry["spec"] for entry in manifest["models"]]
+    if not settings:
+        return []
+    minutes = adaptation_minutes(specs[:1] if settings["method"] == "report" else specs)
+    line = f"adapt {settings['method']}: about {minutes:.1f} minutes of two T4"
+    if settings["method"] != "report":
+        minutes += len(specs)
+        line += f" and {len(specs)} of the CPU"  # of one core, 1,157 photographs and 2,048 features
+    line += f", {settings['minutes']:g} are granted"
+    return [line + ("; set --adapt-minutes higher" if minutes > 0.8 * settings["minutes"] else "")]
+
 # %% ../notebooks/71_weights.ipynb #b7e101c5
 @command("biomass_weights")
 def weights_main(
@@ -822,7 +891,8 @@ def weights_main(
     parser.add_argument("--weights", choices=("equal", "oof"), default="equal", help="share of each run")
     parser.add_argument("--half", action="store_true", help="half precision; says what it does to the score")
     parser.add_argument("--project", action="store_true", help="the kernel makes masses balance")
-    parser.add_argument("--views", nargs="+", default=DEFAULT_VIEWS, help=f"of {', '.join(VIEWS)}")
+    _add_adapt_options(parser)
+    parser.add_argument("--views", nargs="+", default=DEFAULT_VIEWS, help=f"of {', '.join((*VIEWS, *SHOWN_BY))}")
     parser.add_argument(
         "--data-dir", type=user_path, default="", help="training photographs, for what --half does; those of the run"
     )
@@ -832,6 +902,7 @@ def weights_main(
         fill_user(".", args.user)
     out = Path(args.out) if args.out else repo_root() / "kaggle" / "weights"
     options = {"half": args.half, "project": args.project, "views": tuple(args.views), "data_dir": args.data_dir}
+    options |= {"adapt": _adapt_options(args)}
     runs = choose_members(args.run_dirs, args.folds, args.seeds)
     manifest = assemble_weights(runs, out, args.weights, **options)
     for run_dir, cells in runs.items():
@@ -846,5 +917,5 @@ def weights_main(
         print(_gain_sentence(runs))
     if args.half:
         print("\n".join(_card_half(manifest)).strip())
-    for line in _before_upload(out, manifest):
+    for line in (*_adapt_lines(manifest), *_before_upload(out, manifest)):
         print(line)

@@ -2,14 +2,18 @@
 
 import ast
 import contextlib
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -61,6 +65,7 @@ def write_run(
     n_folds: int = 2,  # models
     backbones: tuple[str, ...] = ("test_resnet",),  # taken in turn
     frozen: bool = False,  # all on the same backbone weights
+    spread: float = 2.0,  # of the heads' random weights
 ) -> None:
     "A run folder as training leaves it, with random networks, small unless told otherwise."
     run_dir.mkdir(parents=True)
@@ -79,7 +84,7 @@ def write_run(
             first = first or model.backbone.state_dict()
             model.backbone.load_state_dict(first)
         for layers in model.heads.layers:
-            torch.nn.init.normal_(layers[-1].weight, std=2.0)  # zero at the start: every answer would be the mean
+            torch.nn.init.normal_(layers[-1].weight, std=spread)  # zero at the start: every answer would be the mean
         fold_dir = run_dir / f"fold{fold}"
         fold_dir.mkdir()
         meta = {"fold": fold, "epoch": 1, "score": 0.5, "train_mean_g": [26.6, 12.0, 6.7, 33.3, 45.3]}
@@ -670,7 +675,7 @@ def test_an_import_in_a_function_is_refused(tmp_path, name, line):
 @pytest.mark.parametrize("name", kernel.MODULES)
 def test_packed_modules_import_only_what_kaggle_has(name):
     allowed = {"numpy", "pandas", "torch", "timm", "cv2", "safetensors"} | set(sys.stdlib_module_names)
-    allowed |= {"peft"} if name == "backbones" else set()  # in a function that only training calls
+    allowed |= {"backbones": {"peft"}, "ridge": {"scipy"}}.get(name, set())  # in a function that only training calls
     tree = ast.parse((ROOT / "biomass_lib" / f"{name}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("biomass_lib.")):
@@ -694,3 +699,51 @@ def test_weights_command(stage, tmp_path, capsys):
     (tmp_path / "unfinished" / "fold1" / "done.json").unlink()
     with pytest.raises(SystemExit, match="fold1 of 2 folds not done"):
         weights_main([str(tmp_path / "unfinished"), "--out", str(tmp_path / "weights")])
+
+
+def killed_at_work(folder: Path) -> threading.Thread:
+    "Kill the adaptation's process when it has begun to work in a folder."
+
+    def watch() -> None:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    at_work = Path(os.readlink(process / "cwd")) == folder
+                    if at_work and b"_run_adaptation" in (process / "cmdline").read_bytes():
+                        os.kill(int(process.name), signal.SIGKILL)
+                        return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_adaptation_leaves_the_plain_submission(stage, bare_python, tmp_path):
+    "Off, on, and on but killed: the plain submission is the same to the byte, with the network cut."
+    submissions, told = {}, {}
+    write_run(tmp_path / "runs" / "tiny", spread=0.3)  # near the mean, so that a student doesn't look absurd beside it
+    for name, options in {"off": [], "on": ["--adapt", "pseudo"], "killed": ["--adapt", "align"]}.items():
+        weights_main([str(tmp_path / "runs" / "tiny"), "--out", str(tmp_path / name / "weights"), *options])
+        inputs = mount(tmp_path / name / "input", "new", stage / "demo", tmp_path / name / "weights")
+        if name == "killed":
+            killer = killed_at_work(tmp_path / name / "working")
+        ran = rehearse(bare_python, stage / "inference.ipynb", inputs, tmp_path / name / "working")
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        cells = json.loads((tmp_path / name / "working.ipynb").read_text(encoding="utf-8"))["cells"]
+        told[name] = json.dumps([cell.get("outputs") for cell in cells])
+        working = tmp_path / name / "working"
+        submissions[name] = {path.name: path.read_bytes() for path in working.glob("*.csv")}
+    killer.join()
+    plain = submissions["off"]["submission.csv"]
+    assert submissions["killed"] == submissions["off"] == {"submission.csv": plain}
+    assert "adapt: the plain submission stands: RuntimeError: its process ended with status -9" in told["killed"]
+    assert "adapt: " not in told["off"] and not (tmp_path / "off" / "working" / "adapt").exists()
+    assert submissions["on"]["submission_plain.csv"] == plain != submissions["on"]["submission.csv"]
+    assert told["on"].count('"image/png"') == told["off"].count('"image/png"') + 1  # the report's picture
+    assert all("no picture: " not in text for text in told.values())
+    mixed, before = (
+        pd.read_csv(io.BytesIO(submissions["on"][name])) for name in ("submission.csv", "submission_plain.csv")
+    )
+    assert mixed["sample_id"].tolist() == before["sample_id"].tolist() and (mixed["target"] >= 0).all()

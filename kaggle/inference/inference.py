@@ -60,8 +60,8 @@ for number in range(torch.cuda.device_count()):
 # `biomass_lib` as it was used in training, so photographs are decoded, halved and resized by the same code here and
 # there. Read them in this order: `targets` (the five masses), `images` with `artefacts` (from a file to two halves),
 # `tables` (the competition's tables), `backbones`, `heads` and `models` (the network), `predict` (views, devices,
-# means, the time) and `submit` (weights, checks, the submission). `files` (reading and writing) and `device` (GPUs)
-# serve them all.
+# means, the time) and `submit` (weights, checks, the submission), and `adapt` (what may come after it, with `ridge`).
+# `files` (reading and writing) and `device` (GPUs) serve them all.
 
 # %%
 Path("biomass_lib").mkdir(exist_ok=True)
@@ -70,7 +70,9 @@ Path("biomass_lib").mkdir(exist_ok=True)
 # The builder puts the modules here; run from the repository, this template uses the installed library instead.
 
 # %%
+from biomass_lib.adapt import adapt_submission
 from biomass_lib.device import pick_devices
+from biomass_lib.files import read_json
 from biomass_lib.images import read_photo
 from biomass_lib.submit import find_inputs, make_submission, read_manifest
 from biomass_lib.tables import read_test
@@ -126,6 +128,19 @@ print(f"{len(submission)} rows, {seconds:.1f} s, {seconds / max(1, test['image_i
 submission.head(10)
 
 # %% [markdown]
+# ## Adaptation, if the manifest asks for it
+#
+# The submission above is complete. If the manifest has the key `adapt`, a process of its own now looks at training and
+# test photographs together: it reports how unlike they are, and may train small heads that have seen the test
+# photographs with the predictions above as their masses. It gets the minutes that the manifest grants and that are
+# left of the hours. If it fails in any way, is killed or late, or its predictions look absurd, the submission stays as
+# it is, bit for bit, and a line says why. If all goes well, the plain one is kept as `submission_plain.csv`.
+
+# %%
+adapted = adapt_submission(data_dir, weights_dir, "submission.csv", deadline=START + HOURS * 3600)
+submission = submission if adapted is None else adapted
+
+# %% [markdown]
 # ## Do the numbers make sense?
 #
 # From here on nothing can change the submission, so nothing may cost it: a picture that fails is said to have failed,
@@ -167,6 +182,29 @@ with only_a_picture():
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     plt.show()
 predicted.describe().round(2)
+
+# %% [markdown]
+# How unlike training is the test set? This picture is there if `adapt` is on. Features of training and test photographs
+# on their two main axes: where orange lies beside blue, the networks have to guess. An AUC near .5 means that a
+# classifier can't tell the two sets apart, above .8 that it can.
+
+# %%
+shift_file = Path("adapt/shift.json")
+with only_a_picture():
+    if shift_file.is_file():
+        facts, table = read_json(shift_file), pd.read_csv("adapt/shift.csv")
+        fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        axes[0].plot(facts["train_x"], facts["train_y"], "o", color="#0072B2", alpha=0.5, markersize=4)
+        axes[0].plot(table["x"], table["y"], "^", color="#D55E00", alpha=0.7, markersize=4)
+        axes[0].set_title(f"training (o) and test (^): AUC {facts['auc']:.2f}", fontsize=9)
+        axes[0].set(xlabel="first axis, sd", ylabel="second axis, sd")
+        axes[1].hist(table["distance"], bins=20, color="#D55E00", alpha=0.7)
+        axes[1].axvline(1, color="black", linewidth=1)
+        axes[1].set_title(f"{facts['outside']:.0%} outside the training range", fontsize=9)
+        axes[1].set_xlabel("distance to the nearest training photograph\n(1: the edge of their range)")
+        axes[1].set_ylabel("photographs")
+        plt.show()
+        print(table["nearest_visit"].value_counts().head(8).to_string())
 
 # %% [markdown]
 # And a few photographs, from the least to the most total mass predicted. One that cannot be read was given the
