@@ -623,7 +623,7 @@ def _write_training(
         problems = check_kernel(root, "training")
         sources = metadata.get("kernel_sources") or []
         metadata |= {"enable_internet": internet, "kernel_sources": sources + [metadata["id"]] * earlier}
-        _refuse(problems + check_training_metadata(metadata))
+        _refuse(list(dict.fromkeys(problems + check_training_metadata(metadata))))
         (folder / "training.ipynb").write_text(render_kernel(root, "training", cell), encoding="utf-8")
     except (ImportError, OSError, ValueError) as error:
         _refuse([str(error)])

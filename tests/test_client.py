@@ -594,7 +594,7 @@ CASES = [
     ),
     # training
     Case("fold that does not exist", "train tiny.yaml --folds 2", 1, "parameter fold = 2 must be from 0 to", SEEDED),
-    Case("parameter that does not exist", f"{TRAIN} -p droput .1", 1, "unknown parameter droput", SEEDED),
+    Case("parameter that makes no sense", f"{TRAIN} -p dropout 2", 1, "dropout = 2.0 must be below 1", SEEDED),
     Case("training kernel made public", TRAIN, 1, "is_private must be true", SEEDED, make_public),
     Case("run folder of yours in the way", TRAIN, 1, "was not fetched by biomass_kaggle", SEEDED, own_run),
     Case("GPU quota, training", TRAIN, 1, QUOTA[:-1], SEEDED, "quota"),

@@ -36,6 +36,9 @@ ROOT = repo_root(Path(__file__).parent)
 LAYOUTS = {
     "new": ("competitions/csiro-biomass", "datasets/somebody/csiro-biomass-weights"),
     "old": ("csiro-biomass", "csiro-biomass-weights"),
+    "output": ("competitions/csiro-biomass", "notebooks/somebody/csiro-biomass-ensemble/weights"),
+    "model": ("competitions/csiro-biomass", "models/somebody/biomass/pytorch/five-folds/3"),
+    "old model": ("csiro-biomass", "biomass/pytorch/five-folds/3"),
 }
 
 # runs in the bare environment: first proves that it is bare, then executes the notebook over unix sockets
