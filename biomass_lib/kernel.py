@@ -41,6 +41,7 @@ MODULES = (
     "models",
     "predict",
     "submit",
+    "post",
 )
 
 # %% ../notebooks/72_kernel.ipynb #b3a10d80
