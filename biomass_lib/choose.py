@@ -32,8 +32,9 @@ def _oof_belief(
     sums_MK4 = np.stack([cluster_sums(true_N5, pred_N5, visit_N) for pred_N5 in pred_MN5])
     n_visits = sums_MK4.shape[1]
     counts_RK = np.random.default_rng(0).multinomial(n_visits, np.full(n_visits, 1 / n_visits), size=n)
-    score_MR = score_of_sums(counts_RK @ sums_MK4)
-    score_MR = score_MR[:, np.isfinite(score_MR).all(axis=0)]
+    weight, first, second, _ = sums_MK4[0].sum(axis=0)
+    spread = second / weight - (first / weight) ** 2  # of the whole table: that of few visits may be next to nothing
+    score_MR = 1 - (counts_RK @ sums_MK4[:, :, 3].T / (counts_RK @ sums_MK4[0, :, :1])).T / spread
     apart_MM = np.eye(len(score_MR)) - 1 / len(score_MR)  # takes away what all runs share
     relative_MM = apart_MM @ np.cov(score_MR) @ apart_MM
     return score_of_sums(sums_MK4.sum(axis=1)), 2 * relative_MM + _COMMON_SD**2
@@ -163,6 +164,9 @@ def _read_candidate(
     return oof, sum(submissions) / len(submissions)
 
 # %% ../notebooks/64_choose.ipynb #e8f7b2f7
+_FEW = 30  # test photographs, below which nobody can tell who strays
+
+
 def _pairs_given(
     options: list[str],  # RUN=VALUE
     names: list[str],  # of the candidates and their runs
@@ -216,6 +220,9 @@ def choose_main(
     test_MN5 = None if lacking else _test_masses({name: submission for name, (_, submission) in read.items()})
     if lacking:
         print(f"by out-of-fold predictions alone: {', '.join(lacking)} has no submission.csv; --submission names one")
+    elif test_MN5.shape[1] < _FEW:
+        print(f"by out-of-fold predictions alone: {test_MN5.shape[1]} test photographs are too few to compare runs on")
+        test_MN5 = None
     pairs = choose_pair(true_N5, pred_MN5, visit_of(first), test_MN5, public_M, args.sd)
     oof_M = np.array([weighted_r2(true_N5, pred_N5) for pred_N5 in pred_MN5])
     runs = pd.DataFrame({"run": names, "out of fold": oof_M, "public": public_M, "believed": pairs.attrs["mean"]})

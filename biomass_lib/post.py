@@ -117,7 +117,5 @@ def post_submission(
         print(f"without post-processing: {type(error).__name__}: {error}")
         return None
     moved = (changed["target"] - plain["target"]).abs()
-    print(
-        f"post-processing {', '.join(names)}: masses moved by {moved.mean():.2f} g on average, {moved.max():.2f} at most"
-    )
+    print(f"post-processing {', '.join(names)}: masses moved by {moved.mean():.2f} g, {moved.max():.2f} g at most")
     return changed

@@ -1,5 +1,5 @@
 """Training on Kaggle from end to end: pushed by `biomass_kaggle train` to the loopback server, run as received without
-a network and with local weights, cut off after one fold, pushed again, fetched, judged, and turned into a submission."""
+a network and with local weights, cut off after one fold, pushed again, fetched, judged, turned into a submission."""
 
 import json
 import os
