@@ -116,11 +116,11 @@ bench-gpu: $(READY)
 check: $(READY)
 	@echo "== compare what is built with the notebooks"
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
-	mkdir -p "$$copy/kaggle/weights" && cp kaggle/weights/*.json "$$copy/kaggle/weights" && cp -r kaggle/inference "$$copy/kaggle" && \
+	mkdir -p "$$copy/kaggle/weights" && cp kaggle/weights/*.json "$$copy/kaggle/weights" && cp -r kaggle/inference kaggle/training "$$copy/kaggle" && \
 	cp -r settings.ini Makefile notebooks "$$copy" && cd "$$copy" && \
 	"$(BIN)/nbdev_clean" && "$(BIN)/nbdev_export" && "$(BIN)/biomass_kernel" > /dev/null && \
 	$(MAKE) -s --no-print-directory readme BIN="$(BIN)" && \
-	cd "$(CURDIR)" && for part in notebooks biomass_lib kaggle/inference README.md; do \
+	cd "$(CURDIR)" && for part in notebooks biomass_lib kaggle/inference kaggle/training README.md; do \
 	    diff -rq -x __pycache__ -x .ipynb_checkpoints -x runs -x '.*' "$$part" "$$copy/$$part" > "$$copy/differs" || { \
 	        echo "$$part is out of step with the notebooks:"; sed "s#$$copy/#built: #" "$$copy/differs"; \
 	        echo "remedy: edit the notebook, then nbdev_export, nbdev_clean, make kernel readme"; exit 1; }; \

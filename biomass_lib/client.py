@@ -9,6 +9,7 @@ __all__ = ['Reply', 'find_client', 'run_kaggle', 'NotDone', 'upload_weights', 'p
 # %% ../notebooks/73_client.ipynb #2fe62c59
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -25,18 +27,24 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
-from .command import user_path
+from .checkpoint import check_same
+from .claims import Cell, cell_folder, describe_done, find_cells, read_done
+from .command import fold_name, user_path
+from .config import CELL_PARAMETERS, MACHINE_PARAMETERS, Config, config_from_yaml, parse_value, run_config
+from .files import read_json
 from biomass_lib.kaggle_rules import (
     check_licences,
     check_owner,
     check_owners,
+    check_training_metadata,
     check_weights_metadata,
     read_metadata,
     repo_root,
     unknown_licences,
 )
-from .kernel import check_kernel
+from .kernel import check_kernel, render_kernel
 from .submit import manifest_files, read_manifest
 from .tables import check_submission, image_ids_of, read_test
 
@@ -427,11 +435,11 @@ def _pushed_version(
         raise NotDone(f"perhaps {reason}", left, "push again; a version too many does no harm")
     absent = re.findall(r"The following are not valid .*", reply.text)
     if absent:
-        raise NotDone(
-            " ".join(absent),
-            f"{kernel} version {success[1]}, which runs without them and will fail",
-            "accept the rules on the competition's page and wait for the dataset, then push again",
-        )
+        remedy = "accept the rules on the competition's page and wait for the dataset, then push again"
+        if all("kernel sources" in line for line in absent):
+            remedy = "cancel that run on its page, or let it train anew; --fresh asks for no earlier output"
+        left = f"{kernel} version {success[1]}, which runs without them and will fail"
+        raise NotDone(" ".join(absent), left, remedy)
     return int(success[1])
 
 # %% ../notebooks/73_client.ipynb #9bd917bb
@@ -466,10 +474,11 @@ def wait_kernel(
     every: float = 60.0,  # seconds between two questions
     limit: float = 36000.0,  # seconds; Kaggle itself stops after 9 hours
     misses: int = 5,  # questions in a row without an answer
+    again: str = "biomass_kaggle wait",  # what to type when the wait was cut short
 ) -> None:
     "Wait until the newest run is complete, in two answers at least. Raises NotDone when it does not end so."
     page = "/".join(kernel.split("/")[:2])
-    runs_on = (f"the run of {kernel}, which may go on", f"biomass_kaggle wait, or look at kaggle.com/code/{page}")
+    runs_on = (f"the run of {kernel}, which may go on", f"{again}, or look at kaggle.com/code/{page}")
     seen = []
 
     def ended(state: str) -> bool:
@@ -547,13 +556,12 @@ def _check_target(
         )
 
 # %% ../notebooks/73_client.ipynb #323efa25
-def fetch_output(
+@contextlib.contextmanager
+def _downloaded(
     kernel: str,  # owner/slug, or owner/slug/version
-    out: str | Path = "runs/kaggle_output",  # folder; one of an earlier call is replaced
-    data_dir: str | Path = "",  # with test.csv; empty: rows are not compared
-) -> Path:  # submission.csv
-    "Download the output of a run and check the submission in it. Raises NotDone; then `out` is as it was."
-    out = Path(out)
+    out: Path,  # where what is good will go
+) -> Iterator[Path]:  # folder next to it, gone afterwards
+    "Download the output of a run for the block to check. Raises NotDone, also for what the block raises."
     left, remedy = f"the output of {kernel}, as it was", "read the log, kaggle kernels logs, or fetch again"
     _check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -563,16 +571,174 @@ def fetch_output(
             reply = run_kaggle("kernels", "output", kernel, "-p", str(scratch))
         if reply.code or "User cancelled" in reply.text:
             raise NotDone(f"not downloaded: {_failure_reason(reply)}", left, remedy)
+        yield scratch
+    except (FileNotFoundError, ValueError) as error:
+        raise NotDone(str(error).replace(f"{scratch}/", ""), left, remedy) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+# %% ../notebooks/73_client.ipynb #76ff04d8
+def fetch_output(
+    kernel: str,  # owner/slug, or owner/slug/version
+    out: str | Path = "runs/kaggle_output",  # folder; one of an earlier call is replaced
+    data_dir: str | Path = "",  # with test.csv; empty: rows are not compared
+) -> Path:  # submission.csv
+    "Download the output of a run and check the submission in it. Raises NotDone; then `out` is as it was."
+    out = Path(out)
+    with _downloaded(kernel, out) as scratch:
         rows = _check_output(scratch, data_dir)
         (scratch / _MARKER).write_text(f"{kernel}\n", encoding="utf-8")
         _replace_folder(scratch, out)
-    except (FileNotFoundError, ValueError) as error:
-        raise NotDone(str(error), left, remedy) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     compared = "as in test.csv" if data_dir else "not compared with test.csv"
     print(f"{out / 'submission.csv'}: {rows} rows, {compared}")
     return out / "submission.csv"
+
+# %% ../notebooks/73_client.ipynb #f516196a
+def _parameters_cell(
+    config: Config,
+    folds: list[int | str],  # numbers, or all
+    seeds: list[int],
+    hours: float,  # of the session
+) -> str:
+    "Write the parameters cell of the training kernel."
+    here = ("data_dir", "runs_dir", "cache_dir", *CELL_PARAMETERS)
+    default, values = Config().to_dict(), config.to_dict()
+    names = [name for name in values if name not in here and not name.startswith("wandb")]
+    changed = {name: values[name] for name in names if name == "experiment" or values[name] != default[name]}
+    text = yaml.safe_dump(changed, sort_keys=False)
+    quoted = repr(text) if re.search(r'"""|\\', text) else f'"""\n{text}"""'
+    return f"PARAMETERS = {quoted}\nFOLDS = {list(folds)!r}\nSEEDS = {list(seeds)!r}\nHOURS = {hours!r}"
+
+# %% ../notebooks/73_client.ipynb #f0d30be3
+def _write_training(
+    folder: Path,  # empty
+    root: Path,  # of the repository
+    cell: str,  # of `_parameters_cell`
+    internet: bool,
+    earlier: bool,  # go on with the kernel's own output
+) -> None:
+    "Write the training kernel as it is pushed. Raises NotDone for what Kaggle would refuse."
+    try:
+        metadata = read_metadata(root / "kaggle" / "training" / "kernel-metadata.json")
+        problems = check_kernel(root, "training")
+        sources = metadata.get("kernel_sources") or []
+        metadata |= {"enable_internet": internet, "kernel_sources": sources + [metadata["id"]] * earlier}
+        _refuse(list(dict.fromkeys(problems + check_training_metadata(metadata))))
+        (folder / "training.ipynb").write_text(render_kernel(root, "training", cell), encoding="utf-8")
+    except (ImportError, OSError, ValueError) as error:
+        _refuse([str(error)])
+    (folder / "kernel-metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+
+# %% ../notebooks/73_client.ipynb #be9b96e2
+def _last_state(
+    kernel: str,  # owner/slug
+) -> str:  # "": there is no such kernel, or none that we may see
+    "Ask for the state of a kernel's newest run. Raises NotDone when Kaggle does not say."
+    reply = run_kaggle("kernels", "status", kernel, seconds=120.0)
+    state = _kernel_state(reply)
+    if not state and not re.search(r"was denied|40[34] Client Error", reply.text):
+        _refuse([f"could not look for the kernel {kernel}: {_failure_reason(reply)}"])
+    return state
+
+# %% ../notebooks/73_client.ipynb #f8696d98
+def _check_run(
+    folder: Path,  # runs/<experiment>, as downloaded
+    config: Config,  # what was asked for
+    cells: list[Cell],
+) -> list[str]:  # what is not done, in words
+    "Verify a run folder. Raises ValueError for damaged files and other parameters, FileNotFoundError without one."
+    if not folder.is_dir():
+        others = ", ".join(sorted(item.name for item in folder.parent.iterdir())) or "nothing"
+        raise FileNotFoundError(f"the output has no run folder {folder.name}, only {others}")
+    if (folder / "params.yaml").is_file():
+        own = (*MACHINE_PARAMETERS, *CELL_PARAMETERS)
+        sent = config.to_dict() | {"backbone_weights": Path(config.backbone_weights).name}
+        what = f"the output is a run of {folder.name} with other parameters"
+        check_same(run_config(folder).to_dict(), sent, what, "push with --fresh", own)
+    rows = read_json(folder / "session.json")["cells"] if (folder / "session.json").is_file() else []
+    told, left = {row["cell"]: f"{row['state']} {row['details']}".strip() for row in rows}, []
+    for cell in {**find_cells(folder), **dict.fromkeys(cells)}:
+        done = read_done(cell_folder(folder, cell))
+        if done is not None:
+            print(f"{cell}: {describe_done(done)}")
+        elif cell in cells:
+            left.append(f"{cell} {told.get(str(cell), 'is not there')}")
+    return left
+
+# %% ../notebooks/73_client.ipynb #a02a8f4f
+def _fetch_run(
+    kernel: str,  # owner/slug, or owner/slug/version
+    config: Config,
+    cells: list[Cell],
+    out: Path,  # where the run folder goes; one of an earlier call is replaced
+) -> None:
+    "Download the run folder and verify it. Raises NotDone for what is damaged, then `out` is as it was, or left to do."
+    with _downloaded(kernel, out) as scratch:
+        folder = scratch / config.experiment
+        left = _check_run(folder, config, cells)
+        lost = [old.name for old in find_cells(out).values() if (old / "done.json").is_file()]
+        lost = [name for name in lost if not (folder / name / "done.json").is_file()]
+        if lost:
+            raise ValueError(f"{out} holds {', '.join(lost)}, which the output lacks: name another folder with --out")
+        (folder / _MARKER).write_text(f"{kernel}\n", encoding="utf-8")
+        _replace_folder(folder, out)
+    if left:
+        page = "/".join(kernel.split("/")[:2])
+        remedy = f"the same command again, which goes on from there; what failed says why in {out}/fold<k>/train.log"
+        raise NotDone("; ".join(left), f"the output of {page}, fetched to {out}", remedy)
+    print(f"{out}: {len(cells)} trainings, all done, as their done.json say")
+
+# %% ../notebooks/73_client.ipynb #a8a615a6
+def _read_request(
+    args: argparse.Namespace,  # of `client_main`
+) -> tuple[Config, list[int | str], list[int], list[Cell]]:  # parameters, folds, seeds, cells
+    "Read the parameter file and list the trainings. Raises NotDone for parameters and folds that make no sense."
+    try:
+        config = config_from_yaml(args.params, **{name: parse_value(name, text) for name, text in args.p})
+        folds = args.folds or list(range(config.n_folds))
+        seeds = args.seeds or [config.seed]
+        cells = [Cell.of(dataclasses.replace(config, fold=fold, seed=seed)) for fold in folds for seed in seeds]
+        if len(set(cells)) < len(cells):
+            raise ValueError(f"folds {folds} and seeds {seeds} name a training twice")
+    except (OSError, ValueError) as error:
+        _refuse([str(error)])
+    return config, folds, seeds, sorted(cells)
+
+
+def _chosen_waits(
+    args: argparse.Namespace,  # of `client_main`
+) -> dict[str, float]:  # every, limit, as far as given
+    "Return how to wait."
+    return {name: getattr(args, name) for name in ("every", "limit") if getattr(args, name) is not None}
+
+# %% ../notebooks/73_client.ipynb #af1ae3b8
+def _run_training(
+    args: argparse.Namespace,  # of `client_main`
+    done: list[str],  # gets the steps that are proven
+) -> None:
+    "Push the training kernel, unless a run of it goes on, wait, fetch and verify. Raises NotDone."
+    config, folds, seeds, cells = _read_request(args)
+    root = Path(os.path.relpath(repo_root()))
+    kernel = _kernel_id(root / "kaggle" / "training")
+    out = Path(args.out or Path(config.runs_dir) / config.experiment)
+    _check_target(out)
+    state, run = _last_state(kernel), kernel
+    if state in ("queued", "running"):
+        print(f"a run of {kernel} goes on; nothing is pushed, and that one is waited for")
+    else:
+        internet = config.pretrained and not config.backbone_weights
+        with tempfile.TemporaryDirectory() as folder:
+            cell = _parameters_cell(config, folds, seeds, args.hours)
+            _write_training(Path(folder), root, cell, internet, earlier=bool(state) and not args.fresh)
+            with _interruptible(f"{kernel} with or without a new version", "the same command again"):
+                reply = run_kaggle("kernels", "push", "-p", folder, seconds=600.0)
+            version = _pushed_version(reply, kernel)
+        print(f"{kernel} version {version}: pushed, {'with' if internet else 'without'} the internet")
+        done.append(f"push of version {version}")
+        run = f"{kernel}/{version}"
+    wait_kernel(run, again="the same command again", **_chosen_waits(args))
+    done.append("run")
+    _fetch_run(run, config, cells, out)
 
 # %% ../notebooks/73_client.ipynb #9817acc9
 _COMPETITION = "csiro-biomass"
@@ -712,7 +878,7 @@ def _run_steps(
     done: list[str],  # gets the steps that are proven
 ) -> None:
     "Do what was asked for, step by step. Raises NotDone."
-    waits = {name: value for name, value in (("every", args.every), ("limit", args.limit)) if value is not None}
+    waits = _chosen_waits(args)
     pause = {"every": args.every} if args.every is not None else {}
     root = Path(os.path.relpath(repo_root()))
     kernel_dir, every_step = root / "kaggle" / "inference", args.step == "all"
@@ -731,7 +897,7 @@ def _run_steps(
         wait_kernel(run, **waits)
         done.append("run")
     if every_step or args.step == "output":
-        fetch_output(run, args.out, args.data)
+        fetch_output(run, args.out or "runs/kaggle_output", args.data)
         done.append("output")
     if every_step or args.step == "submit":
         ref = submit_version(kernel, version, args.message, **pause)
@@ -748,7 +914,21 @@ _STEPS = {
     "submit": "a kernel version, once",
     "score": "wait for the public score",
     "all": "one after the other",
+    "train": "the training kernel: push with a parameter file, wait, fetch the run folder and verify it",
 }
+
+
+def _add_training(
+    parser: argparse.ArgumentParser,
+) -> None:
+    "Add what only the step train takes."
+    group = parser.add_argument_group("train")
+    group.add_argument("params", nargs="?", default="", type=user_path, help="parameter file")
+    group.add_argument("--folds", type=fold_name, nargs="+", help="which, all: the refit (default: every fold)")
+    group.add_argument("--seeds", type=int, nargs="+", help="which (default: that of the parameters)")
+    group.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
+    group.add_argument("--hours", type=float, default=8.5, help="of the session, of the nine that Kaggle gives")
+    group.add_argument("--fresh", action="store_true", help="do not go on with the kernel's earlier output")
 
 # %% ../notebooks/73_client.ipynb #8e7b50de
 def client_main(
@@ -763,19 +943,23 @@ def client_main(
     parser.add_argument("-v", "--version", type=int, default=0, help="of the kernel, as push printed it")
     parser.add_argument("--kernel", default="", help="owner/slug; default: as in kernel-metadata.json")
     parser.add_argument("--ref", type=int, default=0, help="of a submission, for score; default: the newest")
-    parser.add_argument("--out", type=user_path, default="runs/kaggle_output", help="folder for the output")
+    out = "folder for the output (default: runs/kaggle_output; of train runs/<experiment>)"
+    parser.add_argument("--out", type=user_path, default="", help=out)
     compare = "folder with test.csv, to compare the output's rows with; recommended for output and for all"
     parser.add_argument("--data", type=user_path, default="", help=compare)
     parser.add_argument("--every", type=float, help="seconds between two questions")
     parser.add_argument("--limit", type=float, help="seconds that one wait may take")
+    _add_training(parser)
     args = parser.parse_args(argv)
     if args.step in ("submit", "all") and not args.message.strip():
         parser.error("a submission needs a message, -m")
     if args.step == "submit" and not args.version:
         parser.error("submit needs the version that push printed, -v")
+    if (args.step == "train") != bool(args.params):
+        parser.error("a parameter file belongs to train, and train needs one")
     done = []
     try:
-        _run_steps(args, done)
+        _run_training(args, done) if args.step == "train" else _run_steps(args, done)
         return
     except NotDone as error:
         text = str(error)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTED', 'finished_cells', 'missing_cells', 'missing_folds', 'read_oof', 'seed_scores', 'read_curves',
            'group_scores', 'fold_scores', 'with_deciles', 'bias_table', 'error_correlation', 'same_photographs',
-           'ensemble_weights', 'ensemble_table', 'error_covariance', 'projected_oof']
+           'ensemble_weights', 'ensemble_table', 'error_covariance', 'projected_oof', 'post_table']
 
 # %% ../notebooks/52_evaluate.ipynb #f7a363c6
 import warnings
@@ -20,6 +20,7 @@ from .baselines import score_rows
 from .claims import Cell, find_cells, read_done
 from .files import read_json
 from .intervals import masses_of, scores, visit_of
+from .post import post_masses
 from .tables import join_names, read_text_csv
 from biomass_lib.targets import (
     TARGETS,
@@ -348,3 +349,18 @@ def projected_oof(
         here_N = fold_N == fold
         out_N5[here_N] = project_masses(pred_N5[here_N], error_covariance(true_N5[~here_N], pred_N5[~here_N]))
     return out_N5
+
+# %% ../notebooks/52_evaluate.ipynb #1743ceec
+def post_table(
+    true_N5: np.ndarray,  # measured grams
+    pred_N5: np.ndarray,  # out-of-fold predictions
+    cluster_N: np.ndarray,  # the visit of each photograph
+    names: Collection[str],  # of post.SWITCHES, in the order in which they are applied
+    level: float = 0.95,
+) -> pd.DataFrame:  # row: plain, each switch, all of them; score, low, high, ahead (of plain), its low and high
+    "Compare predictions before and after post-processing. Raises ValueError as `post_masses` does."
+    predictions = {"plain": pred_N5} | {name: post_masses(pred_N5, (name,)) for name in names}
+    if len(names) > 1:
+        predictions[", ".join(names)] = post_masses(pred_N5, names)
+    table = pd.DataFrame.from_dict(score_rows(true_N5, predictions, "plain", cluster_N, level), orient="index")
+    return table.rename_axis("post")[["score", "low", "high", "ahead", "ahead_low", "ahead_high"]]

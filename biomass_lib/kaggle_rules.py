@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LICENCE_PAGES', 'TEMPORARY_FOLDER', 'repo_root', 'read_metadata', 'check_owner', 'check_weights_metadata',
-           'check_licences', 'unknown_licences', 'check_weights_folder', 'check_kernel_metadata', 'fill_user',
-           'check_owners']
+           'check_licences', 'unknown_licences', 'check_weights_folder', 'check_kernel_metadata',
+           'check_training_metadata', 'fill_user', 'check_owners']
 
 # %% ../notebooks/70_kaggle_rules.ipynb #b9b03b21
 import configparser
@@ -38,7 +38,8 @@ def read_metadata(
     Raises FileNotFoundError with the remedy, ValueError for what is no JSON object."""
     path = Path(path)
     if not path.is_file():
-        home = f"kaggle/{'inference' if path.name.startswith('kernel') else 'weights'}/{path.name}"
+        usual = "inference" if path.name.startswith("kernel") else "weights"
+        home = f"kaggle/{'training' if path.parent.name == 'training' else usual}/{path.name}"
         raise FileNotFoundError(
             f"{path} does not exist, and nothing can be sent without it; copy {home} there, which git checkout brings "
             "back"
@@ -215,18 +216,20 @@ _KERNEL_VALUES = {
     "competition_sources": ["csiro-biomass"],
     "enable_tpu": False,
 }
+_TRAINING_VALUES = {k: v for k, v in _KERNEL_VALUES.items() if k != "enable_internet"} | {"code_file": "training.ipynb"}
 _OPTIONAL = {"enable_tpu": False}  # the one value that may be left out
 
 
 def _check_values(
     what: str,  # name of the file, for the message
     metadata: dict[str, Any],  # kernel-metadata.json
+    values: dict[str, Any] = _KERNEL_VALUES,  # that it must have
 ) -> list[str]:  # problems
     "Check the values that every run of ours needs, types included: 1 is not true."
     metadata = _OPTIONAL | metadata
     return [
         f"{what}: {key} must be {json.dumps(value)}, not {json.dumps(metadata.get(key))}"
-        for key, value in _KERNEL_VALUES.items()
+        for key, value in values.items()
         if type(metadata.get(key)) is not type(value) or metadata[key] != value
     ]
 
@@ -242,14 +245,14 @@ _KERNEL_TEXTS = ("id", "title", "docker_image", "docker_image_pinning_type")
 _KERNEL_KEYS = {*_KERNEL_VALUES, *_KERNEL_LISTS, *_KERNEL_TEXTS}
 
 
-def check_kernel_metadata(
+def _check_notebook_metadata(
     metadata: dict[str, Any],  # kernel-metadata.json
-    weights_id: str,  # owner/slug of the weights dataset
+    values: dict[str, Any],  # that it must have
 ) -> list[str]:  # problems
-    "Check keys, types, title and sources: private, offline, on a T4, with our weights and the competition attached."
+    "Check keys, types and title: what any kernel of ours needs."
     what = "kernel-metadata.json"
     problems = _check_address(what, metadata, 5) + _check_keys(what, metadata, _KERNEL_KEYS, _KERNEL_TEXTS)
-    problems += _check_values(what, metadata)
+    problems += _check_values(what, metadata, values)
     for key, (form, pattern) in _KERNEL_LISTS.items():
         problems += _check_list(what, key, metadata.get(key, []), form, pattern)
     slug = re.sub(r"[^a-z0-9]+", "-", str(metadata.get("title", "")).lower()).strip("-")
@@ -257,11 +260,34 @@ def check_kernel_metadata(
         problems.append(f"{what}: title {metadata.get('title')!r} gives the slug {slug}, id is {metadata.get('id')}")
     if metadata.get("docker_image_pinning_type", "original") not in ("original", "latest"):
         problems.append(f"{what}: docker_image_pinning_type must be original or latest")
+    return problems
+
+# %% ../notebooks/70_kaggle_rules.ipynb #591d8460
+def check_kernel_metadata(
+    metadata: dict[str, Any],  # kernel-metadata.json
+    weights_id: str,  # owner/slug of the weights dataset
+) -> list[str]:  # problems
+    "Check keys, types, title and sources: private, offline, on a T4, with weights and the competition attached."
+    what = "kernel-metadata.json"
+    problems = _check_notebook_metadata(metadata, _KERNEL_VALUES)
     sources = metadata.get("dataset_sources", [])
-    if not isinstance(sources, list) or weights_id not in sources:
+    elsewhere = metadata.get("kernel_sources") or metadata.get("model_sources")
+    if not isinstance(sources, list) or (weights_id not in sources and not elsewhere):
         problems.append(
-            f"{what}: dataset_sources must hold {weights_id}, the id in kaggle/weights/dataset-metadata.json"
+            f"{what}: dataset_sources must hold {weights_id}, the id in kaggle/weights/dataset-metadata.json, "
+            "unless the weights come from kernel_sources or model_sources"
         )
+    return problems
+
+# %% ../notebooks/70_kaggle_rules.ipynb #95f6fdbf
+def check_training_metadata(
+    metadata: dict[str, Any],  # kernel-metadata.json of kaggle/training
+) -> list[str]:  # problems
+    "Check keys, types and title: private, on a T4, the internet on or off, with the competition attached."
+    problems = _check_notebook_metadata(metadata, _TRAINING_VALUES)
+    internet = metadata.get("enable_internet")
+    if type(internet) is not bool:
+        problems.append(f"kernel-metadata.json: enable_internet must be true or false, not {json.dumps(internet)}")
     return problems
 
 # %% ../notebooks/70_kaggle_rules.ipynb #8dea41c9
@@ -269,13 +295,15 @@ def fill_user(
     root: str | Path,  # in the repository
     user: str,  # name on Kaggle
 ) -> None:
-    "Make `user` the owner of kernel and weights dataset. Raises ValueError for an impossible name."
+    "Make `user` the owner of kernels and weights dataset. Raises ValueError for an impossible name."
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", user):
         raise ValueError(
             f"user {user!r} is not a Kaggle user name, the part of your profile's address behind kaggle.com/"
         )
-    for name in ("inference/kernel-metadata.json", "weights/dataset-metadata.json"):
+    for name in ("inference/kernel-metadata.json", "weights/dataset-metadata.json", "training/kernel-metadata.json"):
         path = repo_root(root) / "kaggle" / name
+        if name.startswith("training") and not path.is_file():
+            continue  # whoever has GPUs may have removed it
         text = path.read_text(encoding="utf-8")
         owner = json.loads(text)["id"].split("/")[0]
         write_file(path, text.replace(f'"{owner}/', f'"{user}/'))

@@ -372,7 +372,7 @@ def _list_folder(
 # %% ../notebooks/41_submit.ipynb #e8f20c39
 def walk_folders(
     root: str | Path,  # where to begin
-    depth: int = 5,  # levels below root
+    depth: int = 6,  # levels below root: models/owner/model/framework/variation/version
     passed_over: dict[Path, str] | None = None,  # filled here: what cannot be read, and why
 ) -> Iterator[tuple[Path, set[str]]]:  # folders, nearest first, and the names in each, pictures left out
     "Walk folders to a bounded depth, but not below data or weights. Raises FileNotFoundError when root is missing."

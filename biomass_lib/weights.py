@@ -36,6 +36,7 @@ from biomass_lib.evaluate import (
     error_covariance,
     finished_cells,
     missing_cells,
+    post_table,
     read_oof,
     same_photographs,
 )
@@ -59,7 +60,9 @@ from biomass_lib.kaggle_rules import (
     repo_root,
     unknown_licences,
 )
+from .intervals import visit_of
 from .models import load_model, state_sha256
+from .post import SWITCHES, check_switches
 from .predict import DEFAULT_VIEWS, SHOWN_BY, VIEWS, check_views, predict_masses
 from .report import read_report
 from biomass_lib.submit import (
@@ -466,6 +469,14 @@ def _card_files(
     ]
     return "\n".join([_markdown_table(rows), *[f"\n{markdown_text(line)}." for line in _sharing_lines(manifest)]])
 
+# %% ../notebooks/71_weights.ipynb #77a43104
+def _card_post(
+    manifest: dict[str, Any],  # of the weights
+) -> list[str]:  # lines; none without post-processing
+    "Say that the kernel changes finished predictions."
+    names = ", ".join(map(markdown_text, manifest.get("post", ())))
+    return [f"The kernel then applies post-processing ({names}); scores below are without it."] if names else []
+
 # %% ../notebooks/71_weights.ipynb #ac957e9c
 def _card_adapt(
     manifest: dict[str, Any],  # of the weights
@@ -505,6 +516,7 @@ def _card_models(
         f"prediction is the weighted mean of the networks over the views {views}"
         + (", moved to the nearest masses that balance." if manifest["projection"] else "."),
         *_card_adapt(manifest),
+        *_card_post(manifest),
         "",
         _card_files(manifest),
         "",
@@ -775,6 +787,7 @@ def assemble_weights(
     views: tuple[str, ...] = DEFAULT_VIEWS,  # that the kernel shows to each model
     data_dir: str | Path = "",  # to measure what half precision does; empty: the run's own, if it is here
     adapt: dict[str, Any] | None = None,  # what the kernel does after it, as for `adapt_settings`
+    post: Collection[str] = (),  # switches that the kernel applies to its submission, of post.SWITCHES
 ) -> dict[str, Any]:  # the manifest that was written
     """Fill the weights folder: weights, model card, manifest last; then read all of it back.
 
@@ -784,7 +797,7 @@ def assemble_weights(
     runs = {run_dir: cells for run_dir, cells in runs.items() if shares[run_dir] > 0}
     shares = [shares[run_dir] for run_dir in runs]
     manifest = _build_manifest(runs, shares, half, _projection(runs, shares) if project else None, views)
-    manifest |= {"adapt": settings} if settings else {}
+    manifest |= ({"adapt": settings} if settings else {}) | ({"post": list(check_switches(post))} if post else {})
     sources = _sources(runs, manifest)
     shared = _find_shared(sources, half)
     problems = check_weights_folder(out, [*shared, *sources])
@@ -836,6 +849,27 @@ def _before_upload(
     except (OSError, ValueError) as error:
         problems = [str(error)]
     return [f"before an upload: {line}" for line in (*problems, *unknown_licences(manifest))]
+
+# %% ../notebooks/71_weights.ipynb #b03698b1
+def _post_lines(
+    runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
+    manifest: dict[str, Any],  # of the weights
+) -> list[str]:  # none without post-processing
+    "Say what each switch does to the out-of-fold predictions of the ensemble."
+    if not manifest.get("post"):
+        return []
+    used = {run_dir: cells for run_dir, cells in runs.items() if _run_name(run_dir) in manifest["runs"]}
+    shares = [manifest["runs"][_run_name(run_dir)]["weight"] for run_dir in used]
+    try:
+        true_N5, pred_MN5, first = same_photographs(_oofs(used))
+    except (OSError, ValueError) as error:  # the weights are complete without it
+        return [f"post {', '.join(manifest['post'])}: not compared out of fold: {error}"]
+    table = post_table(true_N5, np.tensordot(shares, pred_MN5, 1), visit_of(first), manifest["post"])
+    lines = []
+    for name, row in table[1:].iterrows():
+        change = f"{row['ahead']:+.4f} (95 % interval {row['ahead_low']:+.4f} to {row['ahead_high']:+.4f})"
+        lines.append(f"post {name}: out-of-fold score {row['score']:.4f}, {change}")
+    return lines
 
 # %% ../notebooks/71_weights.ipynb #0ed65886
 def _add_adapt_options(
@@ -891,6 +925,7 @@ def weights_main(
     parser.add_argument("--weights", choices=("equal", "oof"), default="equal", help="share of each run")
     parser.add_argument("--half", action="store_true", help="half precision; says what it does to the score")
     parser.add_argument("--project", action="store_true", help="the kernel makes masses balance")
+    parser.add_argument("--post", nargs="+", default=(), help=f"switches of the kernel, of {', '.join(SWITCHES)}")
     _add_adapt_options(parser)
     parser.add_argument("--views", nargs="+", default=DEFAULT_VIEWS, help=f"of {', '.join((*VIEWS, *SHOWN_BY))}")
     parser.add_argument(
@@ -902,7 +937,7 @@ def weights_main(
         fill_user(".", args.user)
     out = Path(args.out) if args.out else repo_root() / "kaggle" / "weights"
     options = {"half": args.half, "project": args.project, "views": tuple(args.views), "data_dir": args.data_dir}
-    options |= {"adapt": _adapt_options(args)}
+    options |= {"adapt": _adapt_options(args), "post": check_switches(args.post)}
     runs = choose_members(args.run_dirs, args.folds, args.seeds)
     manifest = assemble_weights(runs, out, args.weights, **options)
     for run_dir, cells in runs.items():
@@ -917,5 +952,5 @@ def weights_main(
         print(_gain_sentence(runs))
     if args.half:
         print("\n".join(_card_half(manifest)).strip())
-    for line in (*_adapt_lines(manifest), *_before_upload(out, manifest)):
+    for line in (*_post_lines(runs, manifest), *_adapt_lines(manifest), *_before_upload(out, manifest)):
         print(line)

@@ -87,6 +87,7 @@ class KaggleSite:
     source_limit: int = 1_000_000  # bytes of a kernel
     page_limit: int = 200  # entries on a page
     rules_accepted: bool = True
+    kernels_attachable: bool = True  # outputs of kernels as inputs
     stalled: threading.Event = field(default_factory=threading.Event)  # an upload hangs
 
     @property
@@ -225,6 +226,8 @@ def save_kernel(site: KaggleSite, body: dict[str, Any]) -> dict[str, Any]:
     size = len(body["text"].encode())
     if size >= site.source_limit:
         raise Refusal(400, f"The source has {size} bytes; {site.source_limit} are allowed.")
+    sources = body.get("kernelDataSources", [])
+    lost = [ref for ref in sources if ref not in site.kernels or not site.kernels_attachable]
     versions = site.kernels.setdefault(body["slug"], [])
     versions.append({**body, "polls": 0})
     absent = [ref for ref in body.get("datasetDataSources", []) if ref not in site.datasets]
@@ -233,6 +236,7 @@ def save_kernel(site: KaggleSite, body: dict[str, Any]) -> dict[str, Any]:
         "url": f"https://www.kaggle.com/code/{body['slug']}",
         "versionNumber": len(versions),
         "invalidDatasetSources": absent,
+        "invalidKernelSources": lost,
         "invalidCompetitionSources": [] if site.rules_accepted else body.get("competitionDataSources", []),
     }
 

@@ -26,12 +26,15 @@ from kaggle_server import FAULTS, KEY, QUOTA, RULES, USER, KaggleSite, kaggle_si
 from patience import PATIENCE
 
 from biomass_lib import client, kernel
+from biomass_lib.claims import write_done
+from biomass_lib.config import CELL_PARAMETERS, MACHINE_PARAMETERS, config_from_yaml, config_to_yaml
 from biomass_lib.files import file_sha256
 from biomass_lib.kaggle_rules import fill_user, repo_root
 from biomass_lib.targets import TARGETS
 
 ROOT = repo_root(Path(__file__).parent)
 DATASET, KERNEL = f"{USER}/csiro-biomass-weights", f"{USER}/csiro-biomass-inference"
+TRAINING = f"{USER}/csiro-biomass-training"
 CANARIES = (KEY, base64.b64encode(f"{USER}:{KEY}".encode()).decode(), "another-canary")
 SPEC = {"name": "two_stream", "backbone": "test_resnet", "img_size": 64, "clean": "none", "targets": "primary"}
 SPEC |= {"hidden_ratio": 0.25, "dropout": 0.3, "aux": {}}
@@ -46,6 +49,8 @@ def checkout(tmp_path_factory):
         "settings.ini",
         "kaggle/inference/inference.py",
         "kaggle/inference/kernel-metadata.json",
+        "kaggle/training/training.py",
+        "kaggle/training/kernel-metadata.json",
         "kaggle/weights/dataset-metadata.json",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +58,8 @@ def checkout(tmp_path_factory):
     shutil.copytree(ROOT / "biomass_lib", folder / "biomass_lib", ignore=shutil.ignore_patterns("__pycache__"))
     fill_user(folder, USER)
     kernel.build_kernel(folder)
+    kernel.build_kernel(folder, "training")
+    (folder / "tiny.yaml").write_text("experiment: tiny\nn_folds: 2\nbackbone: test_resnet\npretrained: false\n")
     weights, entries = folder / "kaggle" / "weights", []
     for fold in range(3):
         path = weights / f"tiny_fold{fold}.safetensors"
@@ -292,9 +299,61 @@ def kernel_error(site: KaggleSite) -> None:
     site.kernel_states, site.failure_message = ("RUNNING", "ERROR"), "Notebook Threw Exception"
 
 
+def run_output(*folds: int, damage: bool = False, pushed: bool = False) -> Callable[[KaggleSite], None]:
+    "A run folder with these folds done as the output of the training kernel."
+
+    def before(site: KaggleSite) -> None:
+        config, folder = config_from_yaml("tiny.yaml"), Path(tempfile.mkdtemp())
+        run_dir = folder / "tiny"
+        run_dir.mkdir()
+        own = tuple({*MACHINE_PARAMETERS, *CELL_PARAMETERS} - {"data_dir", "runs_dir"})
+        (run_dir / "params.yaml").write_text(config_to_yaml(config, without=own))
+        (run_dir / "folds.csv").write_text("image_id,fold\nID1,0\nID2,1\n")
+        for fold in folds:
+            cell = run_dir / f"fold{fold}"
+            cell.mkdir()
+            for name in ("oof.csv", "oof_best.csv", "metrics.csv", "weights.safetensors", "weights.json"):
+                (cell / name).write_text(f"{name} of fold {fold}\n")
+            write_done(cell, {"fold": fold, "seed": 0, "kept": "last", "score": 0.5, "epoch": 3, "seconds": 20})
+        rows = [{"cell": f"fold {fold}", "state": "done", "details": ""} for fold in folds]
+        rows += [{"cell": "fold 1", "state": "stopped", "details": "after epoch 2 of 35"}] * (1 not in folds)
+        (run_dir / "session.json").write_text(json.dumps({"cells": rows}))
+        if damage:
+            (run_dir / "fold0" / "weights.safetensors").write_text("half")
+        site.outputs = {p.relative_to(folder).as_posix(): p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+        shutil.rmtree(folder)
+        if pushed:
+            site.kernels[TRAINING] = [{"text": "{}", "polls": 9}]
+
+    return before
+
+
+def no_attaching(site: KaggleSite) -> None:
+    run_output(0, pushed=True)(site)
+    site.kernels_attachable = False
+
+
+def own_run(site: KaggleSite) -> None:
+    run_output(0, 1)(site)
+    Path("runs/tiny").mkdir(parents=True)
+    Path("runs/tiny/notes.txt").write_text("a week's work\n")
+
+
+def make_public(site: KaggleSite) -> None:
+    path = Path("kaggle/training/kernel-metadata.json")
+    path.write_text(path.read_text().replace('"is_private": true', '"is_private": false'))
+
+
+def run_goes_on(site: KaggleSite) -> None:
+    run_output(0, 1)(site)
+    site.kernels[TRAINING] = [{"text": "{}", "polls": 0}]
+
+
 K1 = f"{SEEDED}; csiro-biomass-inference version 1"
 V2 = "csiro-biomass-weights version 2, 5 files, ready"
 SUBMIT = "submit -v 1 -m hello"
+TRAIN = "train tiny.yaml --folds 0 1"
+T1, T2 = (f"{SEEDED}; csiro-biomass-training version {version}" for version in (1, 2))
 CASES = [
     # before the network
     Case("kernel metadata wrong (internet on)", "push", 1, "enable_internet must be false", SEEDED, put_internet_on),
@@ -533,6 +592,19 @@ CASES = [
         seed_submission("ERROR"),
         True,
     ),
+    # training
+    Case("fold that does not exist", "train tiny.yaml --folds 2", 1, "parameter fold = 2 must be from 0 to", SEEDED),
+    Case("parameter that makes no sense", f"{TRAIN} -p dropout 2", 1, "dropout = 2.0 must be below 1", SEEDED),
+    Case("training kernel made public", TRAIN, 1, "is_private must be true", SEEDED, make_public),
+    Case("run folder of yours in the way", TRAIN, 1, "was not fetched by biomass_kaggle", SEEDED, own_run),
+    Case("GPU quota, training", TRAIN, 1, QUOTA[:-1], SEEDED, "quota"),
+    Case("earlier output not attached", TRAIN, 1, f"['{TRAINING}']", T2, no_attaching),
+    Case("training ends in error", TRAIN, 1, "the run ended with error: Notebook Threw", T1, kernel_error),
+    Case("hours did not suffice", TRAIN, 1, "fold 1 stopped after epoch 2 of 35. Left on Kaggle", T1, run_output(0)),
+    Case("weights damaged on the way", TRAIN, 1, "weights.safetensors has 4 bytes", T1, run_output(0, 1, damage=True)),
+    Case("output is another run", f"{TRAIN} -p dropout 0.1", 1, "dropout: 0.3 -> 0.1", T1, run_output(0, 1)),
+    Case("run goes on, and is waited for", TRAIN, 0, "2 trainings, all done", T1, run_goes_on),
+    Case("second session", TRAIN, 0, "2 trainings, all done", T2, run_output(0, 1, pushed=True)),
 ]
 INTERRUPTED = "Ctrl-C in an upload, run again"
 ROWS: dict[str, tuple] = {}
@@ -566,7 +638,13 @@ def test_fault(case, site, ask, monkeypatch):
     assert (code, case.words in last, site.state()) == (case.code, True, case.left), out + err
     if code:
         assert len(err.splitlines()) == 1 and "Left on Kaggle: " in err and "To do: " in err
-        assert sorted(Path(".").rglob("*")) in (tree, sorted([*tree, Path("runs")]))  # nothing half-done here, either
+        fetched = [path for path in Path(".").rglob("*") if "tiny" in path.parts[1:2]]  # what a session has left to do
+        assert not fetched or "fetched to runs/tiny" in last or "runs/tiny is there" in last
+        here = sorted(set(Path(".").rglob("*")) - set(fetched))
+        assert here in (
+            sorted(set(tree) - set(fetched)),
+            sorted({*tree, Path("runs")} - set(fetched)),
+        )  # nothing half-done
     if "nothing was sent" in last:
         assert not {"StartBlobUpload", "SaveKernel", "CreateCodeSubmission"} & set(site.methods())
     ROWS[case.name] = (case.name, f"biomass_kaggle {case.argv}", last, code, site.state())
@@ -634,6 +712,34 @@ def test_a_folder_of_yours_is_left_alone(site, ask):
     for out in ("empty", "empty", "new"):  # the second call replaces what the first has fetched
         assert ask("output", "--out", out)[0] == 0
         assert Path(out, "submission.csv").read_bytes() == site.outputs["submission.csv"]
+
+
+def test_the_training_kernel_as_it_arrives(site, ask):
+    "Parameters in their cell, the internet for timm alone, its own output from the second time on, and nothing lost."
+    run_output(0, 1)(site)
+    assert ask(*TRAIN.split(), "-p", "backbone_weights", "/home/me/tiny.safetensors")[0] == 1  # another run's output
+    first = site.kernels[TRAINING][0]
+    assert (first["enableInternet"], first["isPrivate"], first["machineShape"]) == (False, True, "NvidiaTeslaT4")
+    assert first.get("kernelDataSources", []) == [] and first["competitionDataSources"] == ["csiro-biomass"]
+    sources = [cell["source"] for cell in json.loads(first["text"])["cells"]]
+    cell = next(source for source in sources if source.startswith("PARAMETERS = "))
+    assert "\nbackbone_weights: /home/me/tiny.safetensors\n" in cell and "FOLDS = [0, 1]\nSEEDS = [0]" in cell
+    assert len(first["text"].encode()) < 900_000
+
+    assert ask(*TRAIN.split(), "-p", "pretrained", "true")[0] == 1
+    assert site.kernels[TRAINING][1]["enableInternet"] is True
+    assert site.kernels[TRAINING][1]["kernelDataSources"] == [TRAINING]
+
+    assert ask(*TRAIN.split())[0] == 0
+    kept = {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()}
+    assert len(kept) == 16
+    run_output(1)(site)
+    code, _, err = ask("train", "tiny.yaml", "--folds", "1", "--fresh")
+    assert code == 1 and "runs/tiny holds fold0, which the output lacks: name another folder with --out" in err
+    assert site.kernels[TRAINING][3].get("kernelDataSources", []) == []
+    assert {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()} == kept
+    assert ask("train", "tiny.yaml", "--folds", "1", "--out", "runs/other")[0] == 0
+    assert Path("runs/other/fold1/done.json").is_file()
 
 
 def test_dropped_and_never_listed_is_not_called_nothing(site, ask):

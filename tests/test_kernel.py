@@ -40,6 +40,9 @@ ROOT = repo_root(Path(__file__).parent)
 LAYOUTS = {
     "new": ("competitions/csiro-biomass", "datasets/somebody/csiro-biomass-weights"),
     "old": ("csiro-biomass", "csiro-biomass-weights"),
+    "output": ("competitions/csiro-biomass", "notebooks/somebody/csiro-biomass-ensemble/weights"),
+    "model": ("competitions/csiro-biomass", "models/somebody/biomass/pytorch/five-folds/3"),
+    "old model": ("csiro-biomass", "biomass/pytorch/five-folds/3"),
 }
 
 # runs in the bare environment: first proves that it is bare, then executes the notebook over unix sockets
@@ -502,6 +505,8 @@ def copy_repository(folder: Path) -> Path:
         "settings.ini",
         "kaggle/inference/inference.py",
         "kaggle/inference/kernel-metadata.json",
+        "kaggle/training/training.py",
+        "kaggle/training/kernel-metadata.json",
         "kaggle/weights/dataset-metadata.json",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -524,10 +529,10 @@ def test_two_builds_are_equal_and_small(tmp_path):
 
 def test_tracked_kernel_is_fit_to_be_pushed(tmp_path, capsys):
     copy = copy_repository(tmp_path / "copy")
-    shutil.copyfile(
-        ROOT / "kaggle" / "inference" / "inference.ipynb", copy / "kaggle" / "inference" / "inference.ipynb"
-    )
-    assert kernel.check_kernel(copy) == []
+    for kind in ("inference", "training"):
+        name = f"kaggle/{kind}/{kind}.ipynb"
+        shutil.copyfile(ROOT / name, copy / name)
+        assert kernel.check_kernel(copy, kind) == []
     fill_user(copy, "your-username")  # as it is tracked
     with contextlib.chdir(copy):
         with pytest.raises(SystemExit) as refused:
@@ -643,6 +648,7 @@ def test_no_dataset_metadata(stage, tmp_path, capsys):
 
 def test_hand_edit_is_found(tmp_path, capsys):
     copy = copy_repository(tmp_path / "copy")
+    kernel.build_kernel(copy, "training")
     built = kernel.build_kernel(copy)
     assert kernel.check_kernel(copy) == []
     text = built.read_text(encoding="utf-8")
@@ -672,14 +678,20 @@ def test_an_import_in_a_function_is_refused(tmp_path, name, line):
         kernel.render_kernel(copy)
 
 
-@pytest.mark.parametrize("name", kernel.MODULES)
-def test_packed_modules_import_only_what_kaggle_has(name):
+PACKED = [("inference", name) for name in kernel.MODULES] + [("training", name) for name in kernel.TRAINING_MODULES]
+IN_THE_IMAGE = {"albumentations", "yaml", "PIL", "tqdm", "sklearn", "scipy", "matplotlib"}
+
+
+@pytest.mark.parametrize(("kind", "name"), PACKED)
+def test_packed_modules_import_only_what_kaggle_has(kind, name):
     allowed = {"numpy", "pandas", "torch", "timm", "cv2", "safetensors"} | set(sys.stdlib_module_names)
     allowed |= {"backbones": {"peft"}, "ridge": {"scipy"}}.get(name, set())  # in a function that only training calls
+    allowed |= IN_THE_IMAGE | {"wandb", "pandera"} if kind == "training" else set()  # the two on request only
+    packed = kernel.TRAINING_MODULES if kind == "training" else kernel.MODULES
     tree = ast.parse((ROOT / "biomass_lib" / f"{name}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("biomass_lib.")):
-            assert node.module.removeprefix("biomass_lib.") in kernel.MODULES  # nbdev leaves imports of several lines
+            assert node.module.removeprefix("biomass_lib.") in packed  # nbdev leaves imports of several lines
         elif isinstance(node, ast.ImportFrom):
             assert node.module.split(".")[0] in allowed
         elif isinstance(node, ast.Import):

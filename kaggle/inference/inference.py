@@ -60,8 +60,8 @@ for number in range(torch.cuda.device_count()):
 # `biomass_lib` as it was used in training, so photographs are decoded, halved and resized by the same code here and
 # there. Read them in this order: `targets` (the five masses), `images` with `artefacts` (from a file to two halves),
 # `tables` (the competition's tables), `backbones`, `heads` and `models` (the network), `predict` (views, devices,
-# means, the time) and `submit` (weights, checks, the submission), and `adapt` (what may come after it, with `ridge`).
-# `files` (reading and writing) and `device` (GPUs) serve them all.
+# means, the time), `submit` (weights, checks, the submission), and what may come after it: `adapt` (with `ridge`) and
+# `post`. `files` (reading and writing) and `device` (GPUs) serve them all.
 
 # %%
 Path("biomass_lib").mkdir(exist_ok=True)
@@ -74,6 +74,7 @@ from biomass_lib.adapt import adapt_submission
 from biomass_lib.device import pick_devices
 from biomass_lib.files import read_json
 from biomass_lib.images import read_photo
+from biomass_lib.post import post_submission
 from biomass_lib.submit import find_inputs, make_submission, read_manifest
 from biomass_lib.tables import read_test
 from biomass_lib.targets import TARGETS
@@ -139,6 +140,17 @@ submission.head(10)
 # %%
 adapted = adapt_submission(data_dir, weights_dir, "submission.csv", deadline=START + HOURS * 3600)
 submission = submission if adapted is None else adapted
+
+# %% [markdown]
+# ## Post-processing, if the manifest asks for it
+#
+# The manifest may name switches (`post`), such as less clover. They move masses by fixed rules of public solutions, and
+# what stood here before is kept as `submission_unprocessed.csv`. If a switch fails, the submission stays as it is, bit
+# for bit, and a line says why.
+
+# %%
+processed = post_submission(manifest.get("post"))
+submission = submission if processed is None else processed
 
 # %% [markdown]
 # ## Do the numbers make sense?
