@@ -445,7 +445,9 @@ def _run_apart(
         child.wait()
         reader.join(timeout=5)
     if status:
-        raise RuntimeError(f"its process ended with status {status} {lines[-1]}".strip())
+        raise RuntimeError(
+            f"its process ended with status {status}; its last line: {lines[-1].removeprefix('adapt: ')}"
+        )
 
 # %% ../notebooks/43_adapt.ipynb #9ac1f80d
 def _mix_masses(
