@@ -81,6 +81,9 @@ def _expected_maximum(
     return mean_M[:, None] * norm.cdf(lead_MM) + mean_M * norm.cdf(-lead_MM) + sd_MM * norm.pdf(lead_MM)
 
 # %% ../notebooks/64_choose.ipynb #4dc63dad
+_BROKEN = 0.2  # of score behind the best run, out of fold; such a run is set aside, for it would spoil what is typical
+
+
 def choose_pair(
     true_N5: np.ndarray,  # measured grams
     pred_MN5: np.ndarray,  # out-of-fold predictions of M runs
@@ -89,22 +92,24 @@ def choose_pair(
     public_M: np.ndarray | None = None,  # public scores, NaN: not submitted; None: none was
     sd: float = 0.02,  # of a public score
     n: int = 2000,  # resamples of visits
-) -> pd.DataFrame:  # first, second, expected: a row a pair, the best first; in attrs: mean, the belief in each run
-    "Rank all pairs of runs. Raises ValueError for fewer than two runs, and as `cluster_sums` does."
+) -> pd.DataFrame:  # first, second, expected: a row a pair, the best first; in attrs: mean, the belief in each
+    "Rank all pairs of runs that are not broken. Raises ValueError for fewer than two runs, and as `cluster_sums` does."
     if len(pred_MN5) < 2:
         raise ValueError("a pair needs two runs at least")
-    mean_M, covariance_MM = _oof_belief(true_N5, pred_MN5, visit_N, n)
+    oof_M = np.array([weighted_r2(true_N5, pred_N5) for pred_N5 in pred_MN5])
+    used = np.flatnonzero(oof_M >= min(oof_M.max() - _BROKEN, np.sort(oof_M)[-2]))
+    mean_M, covariance_MM = _oof_belief(true_N5, pred_MN5[used], visit_N, n)
     if test_MN5 is not None:
-        mean_M = mean_M - _strayed(test_MN5, pred_MN5, true_N5)
+        mean_M = mean_M - _strayed(test_MN5[used], pred_MN5[used], true_N5)
     if public_M is not None:
-        mean_M, covariance_MM = _with_public(mean_M, covariance_MM, np.asarray(public_M, dtype=float), sd)
+        mean_M, covariance_MM = _with_public(mean_M, covariance_MM, np.asarray(public_M, dtype=float)[used], sd)
     first_P, second_P = np.triu_indices(len(mean_M), 1)
     swap_P = mean_M[second_P] > mean_M[first_P]
     first_P, second_P = np.where(swap_P, second_P, first_P), np.where(swap_P, first_P, second_P)
     expected_P = _expected_maximum(mean_M, covariance_MM)[first_P, second_P]
-    pairs = pd.DataFrame({"first": first_P, "second": second_P, "expected": expected_P})
+    pairs = pd.DataFrame({"first": used[first_P], "second": used[second_P], "expected": expected_P})
     pairs = pairs.sort_values("expected", ascending=False, kind="stable").reset_index(drop=True)
-    pairs.attrs["mean"] = mean_M.tolist()
+    pairs.attrs["mean"] = [float(mean_M[used == run][0]) if run in used else float("nan") for run in range(len(oof_M))]
     return pairs
 
 # %% ../notebooks/64_choose.ipynb #1e78994f

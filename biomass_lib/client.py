@@ -436,9 +436,10 @@ def _pushed_version(
     absent = re.findall(r"The following are not valid .*", reply.text)
     if absent:
         remedy = "accept the rules on the competition's page and wait for the dataset, then push again"
-        if all("kernel sources" in line for line in absent):
-            remedy = "cancel that run on its page, or let it train anew; --fresh asks for no earlier output"
         left = f"{kernel} version {success[1]}, which runs without them and will fail"
+        if all("kernel sources" in line for line in absent):
+            left = f"{kernel} version {success[1]}, which runs without them"
+            remedy = "cancel that run on its page, or let it train anew; --fresh asks for no earlier output"
         raise NotDone(" ".join(absent), left, remedy)
     return int(success[1])
 
