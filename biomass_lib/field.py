@@ -108,7 +108,7 @@ def _nearest(place_NK: np.ndarray, train_MK: np.ndarray) -> np.ndarray:  # dista
     squares_NM = ((place_NK[:, None] - train_MK[None]) ** 2).sum(axis=2)
     return np.sqrt(squares_NM.min(axis=1))
 
-
+# %% ../notebooks/58_field.ipynb #e2d3b6d5
 def look_facts(
     features_ND: np.ndarray,  # of the training photographs
     group_N: np.ndarray,  # folds; photographs of a visit are in one

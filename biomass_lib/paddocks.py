@@ -31,9 +31,8 @@ def paddock_names(
     named = dict(zip(rows["photo"], rows["paddock"].fillna(""), strict=True))
     paddocks = [str(named.get(str(path), named.get(Path(path).name, ""))) for path in paths]
     if not any(paddocks):
-        raise ValueError(
-            f"{table} names none of the {len(paths)} photographs: column photo holds file names, such as {Path(paths[0]).name}"
-        )
+        example = f"column photo holds file names, such as {Path(paths[0]).name}"
+        raise ValueError(f"{table} names none of the {len(paths)} photographs: {example}")
     return paddocks
 
 # %% ../notebooks/81_paddocks.ipynb #d47d8f5f

@@ -81,7 +81,7 @@ def _photo_size(path: Path) -> tuple[int, int]:  # width, height, as it is shown
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0, 0  # what reads the whole file says what is wrong
 
-
+# %% ../notebooks/80_photos.ipynb #f73e79f9
 def _cut_out(path: Path, target: Path) -> None:
     "Turn a portrait by a quarter, and cut the middle of a photograph out. Raises as `check_photo_file` does."
     check_photo_file(path)
@@ -109,9 +109,8 @@ def _prepare_photo(
     if not width or abs(width / (2 * height) - 1) <= 0.05:
         return path, flags
     if shape == "refuse":
-        raise ValueError(
-            f"photograph {path} is {width} x {height}, not a quadrat of 2 : 1: cut it to the frame, or ask for shape crop"
-        )
+        what = f"is {width} x {height}, not a quadrat of 2 : 1"
+        raise ValueError(f"photograph {path} {what}: cut it to the frame, or ask for shape crop")
     _cut_out(path, target)
     turned = "turned and " if height > width else ""
     return target, [f"not 2 : 1, {turned}cut from {width} x {height}", *flags]
@@ -163,7 +162,7 @@ class _Watch:
                 self.distance_N[batch.rows] = look_distance(self.look, features_BD)
             self.bar.update(len(batch.rows) + len(batch.broken))
 
-
+# %% ../notebooks/80_photos.ipynb #7997eba1
 def _result_table(
     mass_N5: np.ndarray,  # grams; NaN: no prediction
     field: dict[str, Any] | None,  # of the weights
@@ -179,6 +178,15 @@ def _result_table(
     return table
 
 
+def _projected(predicted: Predicted, projection: dict[str, Any] | None) -> np.ndarray:  # mass_N5
+    "Make masses balance as the kernel does; those without a prediction stay NaN."
+    mass_N5 = predicted.mass_N5.copy()
+    good_N = np.isfinite(mass_N5).all(axis=1)
+    if projection and good_N.any():
+        mass_N5[good_N] = project_masses(mass_N5[good_N], np.array(projection["covariance"]))
+    return mass_N5
+
+# %% ../notebooks/80_photos.ipynb #02ccf611
 def predict_photos(
     weights: str | Path,  # an assembled folder, a run folder, or one .safetensors with the JSON beside it
     photos: str | Path | Iterable[str | Path],  # as for `find_photos`
@@ -215,12 +223,3 @@ def predict_photos(
     return table.assign(
         flags=pd.Series(told, dtype=object).fillna(""), problem=[problems.get(row, "") for row in range(len(paths))]
     )
-
-
-def _projected(predicted: Predicted, projection: dict[str, Any] | None) -> np.ndarray:  # mass_N5
-    "Make masses balance as the kernel does; those without a prediction stay NaN."
-    mass_N5 = predicted.mass_N5.copy()
-    good_N = np.isfinite(mass_N5).all(axis=1)
-    if projection and good_N.any():
-        mass_N5[good_N] = project_masses(mass_N5[good_N], np.array(projection["covariance"]))
-    return mass_N5

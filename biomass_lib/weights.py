@@ -884,9 +884,8 @@ def weights_main(
         fill_user(".", args.user)
     out = Path(args.out) if args.out else repo_root() / "kaggle" / "weights"
     options = {"half": args.half, "project": args.project, "views": tuple(args.views), "data_dir": args.data_dir}
-    options["look"] = args.look
     runs = choose_members(args.run_dirs, args.folds, args.seeds)
-    manifest = assemble_weights(runs, out, args.weights, **options)
+    manifest = assemble_weights(runs, out, args.weights, look=args.look, **options)
     for run_dir, cells in runs.items():
         print(_describe_members(run_dir, cells))
     if lines := _sharing_lines(manifest):
