@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['made_up_table', 'with_errors', 'masses_of', 'scores', 'pooled_scores', 'visit_of', 'cluster_sums', 'score_of_sums',
            'score_interval', 'jackknife_interval', 'made_up_visits', 'paired_interval', 'paired_jackknife',
-           'wide_interval', 'contrast_interval', 'conformal_intervals', 'coverage_table']
+           'wide_interval', 'contrast_interval', 'conformal_widths', 'half_widths', 'conformal_intervals',
+           'coverage_table']
 
 # %% ../notebooks/50_intervals.ipynb #9a3313cf
 import numpy as np
@@ -280,14 +281,13 @@ def contrast_interval(
     return value, *wide_interval(_percentile_ends(value_R, level), (value - reach, value + reach))
 
 # %% ../notebooks/50_intervals.ipynb #c596c242
-def _half_widths(
+def conformal_widths(
     true_N5: np.ndarray,  # measured grams of photographs that the model did not learn from
     pred_N5: np.ndarray,  # grams predicted for them
-    new_M5: np.ndarray,  # predicted grams of other photographs
-    sd: tuple[np.ndarray, np.ndarray] | None = None,  # predicted sds of both, sd_N5 and sd_M5, where the model has them
     level: float = 0.9,  # share of the truths that shall lie inside
-) -> np.ndarray:  # half_M5: grams to both sides
-    """Compute the half-widths of split conformal intervals.
+    sd_N5: np.ndarray | None = None,  # sds predicted for them, where the model has them
+) -> dict[str, list[float]]:  # share, mean_g: five numbers each, for `half_widths`
+    """Compute the widths of split conformal intervals: shares of a predicted mass and the mean mass, or of an sd.
 
     With fewer than level / (1 - level) photographs the largest error stands in.
 
@@ -295,10 +295,18 @@ def _half_widths(
     true_N5, pred_N5 = check_masses(true_N5, pred_N5)
     _check_level(level)
     mean_5 = np.maximum(true_N5.mean(axis=0), 1.0)
-    size_N5, size_M5 = sd or (np.maximum(pred_N5, 0) + mean_5, np.maximum(new_M5, 0) + mean_5)
+    size_N5 = np.maximum(pred_N5, 0) + mean_5 if sd_N5 is None else sd_N5
     error_N5 = np.abs(true_N5 - pred_N5) / size_N5
     rank = min(int(np.ceil((len(true_N5) + 1) * level)), len(true_N5))
-    return np.sort(error_N5, axis=0)[rank - 1] * size_M5
+    return {"share": np.sort(error_N5, axis=0)[rank - 1].tolist(), "mean_g": mean_5.tolist()}
+
+# %% ../notebooks/50_intervals.ipynb #110079cd
+def half_widths(
+    widths: dict[str, list[float]],  # of `conformal_widths`; a manifest carries them
+    pred_N5: np.ndarray,  # predicted grams of other photographs
+) -> np.ndarray:  # half_N5: grams to both sides
+    "Apply conformal widths to predictions."
+    return np.asarray(widths["share"]) * (np.maximum(pred_N5, 0) + np.asarray(widths["mean_g"]))
 
 # %% ../notebooks/50_intervals.ipynb #13c54da1
 def conformal_intervals(
@@ -307,7 +315,7 @@ def conformal_intervals(
 ) -> tuple[np.ndarray, np.ndarray]:  # low_N5, high_N5: grams
     """Compute an interval for each photograph from the errors in other folds, or visits when there is one fold only.
 
-    Raises ValueError when all photographs are of one visit, and as `_half_widths` does."""
+    Raises ValueError when all photographs are of one visit, and as `conformal_widths` does."""
     true_N5, pred_N5 = masses_of(oof)
     part_N = oof["fold"].to_numpy() if oof["fold"].nunique() > 1 else visit_of(oof)
     if len(set(part_N)) < 2:
@@ -316,8 +324,10 @@ def conformal_intervals(
     sd_N5 = oof[names].to_numpy() if set(names) <= set(oof.columns) else None
     for part in np.unique(part_N):
         here_N = part_N == part
-        sd = None if sd_N5 is None else (sd_N5[~here_N], sd_N5[here_N])
-        half_N5[here_N] = _half_widths(true_N5[~here_N], pred_N5[~here_N], pred_N5[here_N], sd, level)
+        sd = None if sd_N5 is None else sd_N5[~here_N]
+        widths = conformal_widths(true_N5[~here_N], pred_N5[~here_N], level, sd)
+        own_N5 = half_widths(widths, pred_N5[here_N]) if sd is None else np.array(widths["share"]) * sd_N5[here_N]
+        half_N5[here_N] = own_N5
     return np.maximum(pred_N5 - half_N5, 0), pred_N5 + half_N5
 
 # %% ../notebooks/50_intervals.ipynb #bbed03dc

@@ -511,6 +511,7 @@ def _predict_on_device(
     budget: _TimeBudget,
     accumulator: _Accumulator,  # filled here
     size: int,  # photographs at a time
+    watch: Callable[[_PhotoBatch], None] | None = None,  # called with each batch that is done
 ) -> None:
     "Predict batches until none is left or the time is over. Raises _DeviceFailed, and ValueError for too many faults."
     progress = budget.progress
@@ -527,6 +528,8 @@ def _predict_on_device(
             raise _DeviceFailed(f"{on_device.device} failed: {error}") from error
         accumulator.add(batch.rows, *sums)
         accumulator.check()
+        if watch is not None:
+            watch(batch)
         progress.finish(len(batch.rows) + len(batch.broken), waited, on_device.index)
         if budget.over():
             batches.stopped = True
@@ -548,6 +551,7 @@ def predict_ensemble(
     max_broken: int = 0,  # photographs that may be broken, or have a prediction that is not a number
     deadline: float = math.inf,  # by the clock: when all must be done
     clock: Callable[[], float] = time.monotonic,
+    watch: Callable[[_PhotoBatch], None] | None = None,  # called with each batch that is done, by any thread
 ) -> Predicted:
     """Predict with every member and view, each photograph decoded once.
 
@@ -570,7 +574,9 @@ def predict_ensemble(
     block = batch_size if keep else max(_BLOCK, batch_size)
     with closing(photo_batches(paths, inputs, block, workers, first=batch_size)) as source:  # left to the garbage
         batches = _SharedBatches(source)  # collector, it might wait for its threads within another's start, for ever
-        work = partial(_predict_on_device, batches=batches, budget=budget, accumulator=accumulator, size=batch_size)
+        work = partial(
+            _predict_on_device, batches=batches, budget=budget, accumulator=accumulator, size=batch_size, watch=watch
+        )
         _run_on_devices(on_devices, work, batches, None if cpu in devices else fallback)
     return accumulator.result()
 

@@ -6,7 +6,7 @@
 __all__ = ['REPORT_KEYS', 'Judged', 'judge_run', 'headline', 'describe_scores', 'describe_run', 'list_warnings',
            'library_versions', 'write_results', 'read_report', 'show_text', 'show_figure', 'show_table',
            'readable_scores', 'readable_bias', 'fold_ends', 'state_counts', 'audit_findings', 'pairs_table',
-           'rank_photos', 'plot_predictions', 'write_html', 'print_scores']
+           'rank_photos', 'plot_predictions', 'html_page', 'write_html', 'print_scores']
 
 # %% ../notebooks/55_report.ipynb #79562ac9
 import json
@@ -732,6 +732,14 @@ def _harmless_html(
 
     return clean(body, tags=set(_TAGS.split()), attributes=_is_harmless, protocols={"http", "https", "data"})
 
+# %% ../notebooks/55_report.ipynb #52e936fa
+def html_page(
+    body: str,  # HTML; what is not harmless is shown as text
+    title: str,  # of the browser's tab
+) -> str:  # one file without scripts, which loads nothing
+    "Put a body into the page that all reports share."
+    return _PAGE.format(title=escape(one_line(title)), body=_harmless_html(body))
+
 # %% ../notebooks/55_report.ipynb #a23df339
 def write_html(
     notebook: Path,  # executed
@@ -743,7 +751,7 @@ def write_html(
 
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, embed_images=True)
     body, _ = exporter.from_filename(str(notebook))
-    write_file(html, _PAGE.format(title=escape(one_line(title)), body=_harmless_html(body)))
+    write_file(html, html_page(body, title))
 
 # %% ../notebooks/55_report.ipynb #bc97df23
 def print_scores(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST_FORMAT', 'SHARED_FORMAT', 'manifest_files', 'parse_manifest', 'read_manifest', 'load_member',
-           'load_ensemble', 'walk_folders', 'find_inputs', 'predict_with_weights', 'make_submission']
+           'load_ensemble', 'ensemble_members', 'walk_folders', 'find_inputs', 'predict_with_weights',
+           'make_submission']
 
 # %% ../notebooks/41_submit.ipynb #5db612a9
 import json
@@ -290,7 +291,7 @@ def load_ensemble(
     return [load_member(weights_dir, entry) for entry in manifest["models"]]
 
 # %% ../notebooks/41_submit.ipynb #811e935e
-def _ensemble_members(
+def ensemble_members(
     weights_dir: str | Path,  # with manifest.json and the files it names
 ) -> tuple[list[Member], dict[str, Any]]:  # members, the manifest
     "Check all files of a weights folder and describe its models. Raises as `read_manifest` does."
@@ -530,7 +531,7 @@ def predict_with_weights(
     **options: Any,  # batch_size, devices, amp, workers, keep: as for `predict_ensemble`
 ) -> np.ndarray:  # mass_N5, float64 grams, order of TARGETS
     "Predict with a weights folder. Raises as `read_manifest`, `predict_ensemble` and `_check_predictions` do."
-    members, manifest = _ensemble_members(weights_dir)
+    members, manifest = ensemble_members(weights_dir)
     views = tuple(manifest["views"]) if views is None else views
     allowed = int(max_broken * len(paths))
     predicted = predict_ensemble(members, paths, views, max_broken=allowed, deadline=deadline, **options)

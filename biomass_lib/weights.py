@@ -60,10 +60,19 @@ from biomass_lib.kaggle_rules import (
     repo_root,
     unknown_licences,
 )
+from .field import error_facts, look_facts, look_features
 from .intervals import visit_of
 from .models import load_model, state_sha256
 from .post import SWITCHES, check_switches
-from .predict import DEFAULT_VIEWS, SHOWN_BY, VIEWS, check_views, predict_masses
+from biomass_lib.predict import (
+    DEFAULT_VIEWS,
+    SHOWN_BY,
+    VIEWS,
+    check_views,
+    input_of,
+    photo_batches,
+    predict_masses,
+)
 from .report import read_report
 from biomass_lib.submit import (
     MANIFEST_FORMAT,
@@ -704,6 +713,51 @@ def _half_change(
     full, half = (weighted_r2(np.concatenate(true_N5), np.concatenate(pred)) for pred in (full_N5, half_N5))
     return {"full": full, "half": half, "photographs": len(planned)}
 
+# %% ../notebooks/71_weights.ipynb #ab0d7492
+def _training_look(
+    run_dir: Path,  # runs/<experiment>
+    cell: Cell,  # the ensemble's first model
+    data_dir: str | Path = "",  # with train.csv; empty: the run's own
+) -> dict[str, Any] | None:  # as from `look_facts`; None: no photographs are here
+    "Describe what the training photographs look like to a model."
+    data_dir = Path(data_dir or read_yaml(run_dir / "params.yaml").get("data_dir", ""))
+    if not (data_dir / "train.csv").is_file():
+        print(f"without the look of the training photographs: {data_dir}/train.csv is not here; give --data-dir")
+        return None
+    model = load_model(cell_folder(run_dir, cell) / "weights.safetensors")
+    image_path = read_train(data_dir).set_index("image_id")["image_path"]
+    planned = pd.read_csv(run_dir / "folds.csv", dtype={"image_id": str})
+    paths = [data_dir / image_path[name] for name in planned["image_id"]]
+    given = input_of(model.spec)
+    batches = [
+        (batch.rows, look_features(model, batch.halves[given]))
+        for batch in photo_batches(paths, (given,))
+        if batch.rows
+    ]
+    row_N, features_ND = np.concatenate([rows for rows, _ in batches]), np.concatenate([part for _, part in batches])
+    return look_facts(features_ND, planned["fold"].to_numpy()[row_N])
+
+
+def _field_facts(
+    runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
+    shares: list[float],  # of the runs
+    look: bool = False,  # describe the training photographs, too
+    data_dir: str | Path = "",  # with train.csv; empty: the first run's own
+) -> dict[str, Any] | None:  # errors, look; None: the run is too small to tell
+    "Describe what predictions need far from the run. Prints what is lacking."
+    try:
+        true_N5, pred_MN5, table = same_photographs(_oofs(runs))
+        pred_N5 = np.tensordot(shares, pred_MN5, 1)
+        oof = table.assign(**dict(zip([f"{name}_pred" for name in TARGETS], pred_N5.T, strict=True)))
+        facts = {"errors": error_facts(oof)}
+    except (OSError, ValueError, KeyError) as error:
+        print(f"without prediction intervals: {error}")
+        return None
+    if look:
+        run_dir, cells = next(iter(runs.items()))
+        facts["look"] = _training_look(run_dir, cells[0], data_dir)
+    return facts
+
 # %% ../notebooks/71_weights.ipynb #3c934a1a
 def _earlier_weights(
     out: Path,  # the dataset's folder
@@ -774,6 +828,21 @@ def choose_members(
     run_dirs = [run_dirs] if isinstance(run_dirs, str | Path) else run_dirs
     return {Path(run_dir): _members(run_dir, folds, seeds) for run_dir in run_dirs}
 
+# %% ../notebooks/71_weights.ipynb #1b327d7f
+def _add_scores(
+    manifest: dict[str, Any],  # changed in place
+    runs: dict[Path, list[Cell]],
+    reports: dict[str, tuple],  # run -> of `_report_on`
+    half: bool,  # measure what half precision does
+    data_dir: str | Path,  # for that
+) -> None:
+    "Write the scores of the runs into their manifest entries."
+    for run_dir, cells in runs.items():
+        facts, report = manifest["runs"][_run_name(run_dir)], reports[_run_name(run_dir)][0]
+        facts["score"] = report and report["score"]["value"]  # pooled, out of fold, at the last epochs
+        if half:
+            facts["half"] = _half_change(run_dir, cells, data_dir)
+
 # %% ../notebooks/71_weights.ipynb #6c0a63ed
 def assemble_weights(
     runs: str
@@ -785,7 +854,8 @@ def assemble_weights(
     half: bool = False,  # files in half precision
     project: bool = False,  # the kernel makes masses balance, by the out-of-fold errors
     views: tuple[str, ...] = DEFAULT_VIEWS,  # that the kernel shows to each model
-    data_dir: str | Path = "",  # to measure what half precision does; empty: the run's own, if it is here
+    data_dir: str | Path = "",  # for what half precision does, and for `look`; empty: the run's own, if it is here
+    look: bool = False,  # the manifest tells what training photographs look like, so that others are noticed
     adapt: dict[str, Any] | None = None,  # what the kernel does after it, as for `adapt_settings`
     post: Collection[str] = (),  # switches that the kernel applies to its submission, of post.SWITCHES
 ) -> dict[str, Any]:  # the manifest that was written
@@ -798,17 +868,14 @@ def assemble_weights(
     shares = [shares[run_dir] for run_dir in runs]
     manifest = _build_manifest(runs, shares, half, _projection(runs, shares) if project else None, views)
     manifest |= ({"adapt": settings} if settings else {}) | ({"post": list(check_switches(post))} if post else {})
+    manifest["field"] = _field_facts(runs, shares, look, data_dir)
     sources = _sources(runs, manifest)
     shared = _find_shared(sources, half)
     problems = check_weights_folder(out, [*shared, *sources])
     if problems:
         raise ValueError("Kaggle would refuse this:\n" + "\n".join(problems))
     reports = {_run_name(run_dir): _report_on(run_dir, manifest) for run_dir in runs}
-    for run_dir, cells in runs.items():
-        facts, report = manifest["runs"][_run_name(run_dir)], reports[_run_name(run_dir)][0]
-        facts["score"] = report and report["score"]["value"]  # pooled, out of fold, at the last epochs
-        if half:
-            facts["half"] = _half_change(run_dir, cells, data_dir)
+    _add_scores(manifest, runs, reports, half, data_dir)
     out.mkdir(parents=True, exist_ok=True)
     _fill_folder(out, sources, shared, manifest)
     write_file(out / "README.md", _model_card(manifest, reports, out=out), folder=TEMPORARY_FOLDER)
@@ -909,12 +976,9 @@ def _adapt_lines(
     line += f", {settings['minutes']:g} are granted"
     return [line + ("; set --adapt-minutes higher" if minutes > 0.8 * settings["minutes"] else "")]
 
-# %% ../notebooks/71_weights.ipynb #b7e101c5
-@command("biomass_weights")
-def weights_main(
-    argv: list[str] | None = None,  # None: from the command line
-) -> None:
-    "biomass_weights: assemble the weights dataset from one run or several."
+# %% ../notebooks/71_weights.ipynb #e278c6ef
+def _weights_parser() -> argparse.ArgumentParser:
+    "Define the options of biomass_weights."
     parser = argparse.ArgumentParser("biomass_weights", description="Assemble kaggle/weights from finished runs.")
     parser.add_argument("run_dirs", type=user_path, nargs="+", help="runs/<experiment>, one or several")
     parser.add_argument("--out", type=user_path, help="another folder than kaggle/weights")
@@ -927,19 +991,30 @@ def weights_main(
     parser.add_argument("--project", action="store_true", help="the kernel makes masses balance")
     parser.add_argument("--post", nargs="+", default=(), help=f"switches of the kernel, of {', '.join(SWITCHES)}")
     _add_adapt_options(parser)
+    parser.add_argument(
+        "--look", action="store_true", help="tell what training photographs look like, to notice others"
+    )
     parser.add_argument("--views", nargs="+", default=DEFAULT_VIEWS, help=f"of {', '.join((*VIEWS, *SHOWN_BY))}")
     parser.add_argument(
-        "--data-dir", type=user_path, default="", help="training photographs, for what --half does; those of the run"
+        "--data-dir", type=user_path, default="", help="training photographs, for --half and --look; those of the run"
     )
     parser.add_argument("--user", help="write this Kaggle user name into the metadata files")
-    args = parser.parse_args(argv)
+    return parser
+
+# %% ../notebooks/71_weights.ipynb #b7e101c5
+@command("biomass_weights")
+def weights_main(
+    argv: list[str] | None = None,  # None: from the command line
+) -> None:
+    "biomass_weights: assemble the weights dataset from one run or several."
+    args = _weights_parser().parse_args(argv)
     if args.user:
         fill_user(".", args.user)
     out = Path(args.out) if args.out else repo_root() / "kaggle" / "weights"
     options = {"half": args.half, "project": args.project, "views": tuple(args.views), "data_dir": args.data_dir}
     options |= {"adapt": _adapt_options(args), "post": check_switches(args.post)}
     runs = choose_members(args.run_dirs, args.folds, args.seeds)
-    manifest = assemble_weights(runs, out, args.weights, **options)
+    manifest = assemble_weights(runs, out, args.weights, look=args.look, **options)
     for run_dir, cells in runs.items():
         print(_describe_members(run_dir, cells))
     if lines := _sharing_lines(manifest):

@@ -345,7 +345,7 @@ def test_five_members_on_one_backbone(stage, bare_python, tmp_path, half, capsys
     models = [load_model(path) for path in sorted(run_dir.glob("*/weights.safetensors"))]
     expected_N5 = predict_masses(models, paths, views=("identity",), device="cpu")
     found_N5 = [[given[f"{path.stem}__{name}"] for name in TARGETS] for path in paths]
-    np.testing.assert_allclose(found_N5, expected_N5, atol=0.2 if half else 1e-4)
+    np.testing.assert_allclose(found_N5, expected_N5, atol=1.0 if half else 1e-4)  # bfloat16 where there is any
     data_dir, weights_dir = find_inputs(inputs)
     common = weights_dir / shared[0].name
     for content, words in ((common.read_bytes()[:-1], "bytes, manifest.json says"), (None, "is not there")):
