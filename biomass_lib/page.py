@@ -68,7 +68,7 @@ def density_tag(
 # %% ../notebooks/82_page.ipynb #8457be27
 _STYLE = """<style>
 .photo td { padding: 6px 9px; } .photo img { max-width: 20rem; min-width: 9rem; margin-bottom: 4px; }
-.flag { color: #A03C00; } .number { text-align: right; }
+.flag { color: #A03C00; } .photo td + td { white-space: nowrap; }
 </style>"""
 
 
