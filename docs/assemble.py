@@ -7,7 +7,6 @@ import ast
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -166,13 +165,16 @@ def api_page(
     page = [f"# {path.stem}", (ast.get_docstring(tree) or "").replace("<", "&lt;") + "."]
     if notebook:
         page.append(f"`from biomass_lib.{path.stem} import ...`, explained in [its notebook](../{notebook[1]}).")
+    quote = "```{{code-block}} python\n:class: signature\n\n{}\n```"
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names:
             text = (ast.get_docstring(node) or "").replace("<", "&lt;").replace("$", r"\$")
-            page += [f"## {node.name}", text, f"```python\n{signature(node, lines)}\n```"]
-        elif isinstance(node, ast.Assign) and {name.id for name in node.targets if hasattr(name, "id")} & set(names):
-            quoted = lines[node.lineno - 1 : node.end_lineno]
-            page += [f"## {node.targets[0].id}", "```python\n" + "\n".join(quoted[:40]) + "\n```"]
+            page += [f"## {node.name}", text, quote.format(signature(node, lines))]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            assigned = {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+            quoted = "\n".join(lines[node.lineno - 1 : node.end_lineno][:40])
+            page += [part for name in sorted(assigned & set(names)) for part in (f"## {name}", quote.format(quoted))]
     return "\n\n".join(page) + "\n"
 
 
@@ -240,7 +242,11 @@ def assemble(
     for group in ["Workflows", *LAYERS.values(), "More"]:
         if group in groups:
             sections.append(f"notebooks/{group.lower().replace(' ', '_')}")
-            text = "Run these with papermill; as they stand, each is a smoke run of seconds." if group == "Workflows" else ""
+            text = (
+                "Run these with papermill; as they stand, each is a smoke run of seconds."
+                if group == "Workflows"
+                else ""
+            )
             site.write(f"{sections[-1]}.md", list_page(group, groups[group], text))
 
     modules = [path for path in sorted((ROOT / "biomass_lib").glob("*.py")) if not path.name.startswith("_")]
