@@ -27,6 +27,8 @@ setup(
     packages=find_packages(include=["biomass_lib*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "wandb", "lora", "sweep", "cluster")},
+    extras_require={
+        name: lines(f"{name}_requirements") for name in ("dev", "lab", "docs", "wandb", "lora", "sweep", "cluster")
+    },
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"biomass_lib={'biomass_lib._modidx:d'}"]},
 )
