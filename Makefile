@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 VERSIONS := --constraint=constraints.txt --build-constraint=constraints.txt
 DEMO := data/demo
 RUN := runs/demo
-SPACE := 12
+SPACE := 8
 PAPERMILL = "$(BIN)/papermill" --no-progress-bar --log-level ERROR
 export NO_ALBUMENTATIONS_UPDATE := 1
 

@@ -25,18 +25,18 @@ def cells(name: str) -> str:
 
 
 def uses(name: str) -> list[str]:
-    "List where a parameter is used: parameter files, README, workflows, benchmarks."
+    "List where a parameter is used: parameter files, workflows, benchmarks, docs/details.md."
     paths = (ROOT / "notebooks/params").glob("*.yaml")
     found = [path.name for path in paths if re.search(rf"^{name}:", path.read_text(encoding="utf-8"), re.MULTILINE)]
     flows = ["variants.ipynb", "tta.ipynb", "bench_loading.ipynb", "bench_predict.ipynb", "bench_training.ipynb"]
     found += [flow for flow in flows if re.search(rf'"{name}":|\b{name}=', cells(flow))]
-    readme = rf"`{name}`|`{name}: |-p {name} "
-    return found + ["index.ipynb"] * bool(re.search(readme, cells("index.ipynb")))
+    details = (ROOT / "docs/details.md").read_text(encoding="utf-8")
+    return found + ["details.md"] * bool(re.search(rf"`{name}`|`{name}: |-p {name} ", details))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_has_a_use(name: str):
-    assert uses(name), f"{name}: use it in notebooks/params, a workflow or the README, or remove it"
+    assert uses(name), f"{name}: use it in notebooks/params, a workflow or docs/details.md, or remove it"
 
 
 def test_what_people_turn_stands_first():
@@ -88,10 +88,10 @@ def test_contributing_names_what_exists():
     assert [f"{a}.{b}" for a, b in named if not hasattr(importlib.import_module(f"biomass_lib.{a}"), b)] == []
 
 
-def test_readme_says_what_the_parameter_files_cost():
-    "Notebook 38_cost compares the files with what it counts; the README's table repeats them."
+def test_details_say_what_the_parameter_files_cost():
+    "Notebook 38_cost compares the files with what it counts; the table in docs/details.md repeats them."
     line = r"^\| `(\w+)` \|.*\| (\d+) GB \| (\d+) minutes \|$"
-    rows = re.findall(line, (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(line, (ROOT / "docs/details.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) == 5
     for name, memory, minutes in rows:
         words = f"# about {memory} GB of GPU memory and {minutes} minutes of two T4"

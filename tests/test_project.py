@@ -83,10 +83,28 @@ def test_hand_edit_is_noticed_and_kept(repository: Path, name: str, old: str, ne
     assert path.read_text(encoding="utf-8") == edited
 
 
-def test_readme_links_lead_somewhere():
-    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(links) > 30
-    assert [link for link in links if not (ROOT / link).is_file()] == []
+@pytest.mark.parametrize(("name", "least"), [("README.md", 15), ("docs/details.md", 50), ("CONTRIBUTING.md", 1)])
+def test_links_lead_somewhere(name: str, least: int):
+    path = ROOT / name
+    links = re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8"))
+    assert len(links) >= least
+    assert [link for link in links if not (path.parent / link).is_file()] == []
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
+
+
+def test_readme_quotes_what_was_measured():
+    "Scores on real photographs and features stand in the outputs of the notebook that measured them."
+    rows = [
+        line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if re.match(r"\|.*real", line)
+    ]
+    outputs = (ROOT / "notebooks/recipe.ipynb").read_text(encoding="utf-8")
+    for score in re.findall(r"\*\*(\.\d{3})\*\*", "".join(rows[:1])):
+        assert f"model                         3  0{score}" in outputs, score
+    heads = [float(row) for row in re.findall(r"heads, 20 epochs at 1e-3 \(default\) \d +(0\.\d{3})", outputs)]
+    assert len(rows) == 2 and f"**{sum(heads) / len(heads):.3f}**".replace("0.", ".") in rows[1]
 
 
 def test_outputs_name_no_place_on_a_machine():
