@@ -14,7 +14,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 .PHONY: help install lab docs newest constraints demo rehearsal test variants tta versions bench bench-gpu shape check readme kernel clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.* ## ' Makefile | sed -E 's/^([a-z-]+):.* ## /\1|/' | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 # nbdev merges notebooks cell by cell, so that a conflict leaves them readable; written into this clone's .git, nowhere else
 install: $(READY) ## the environment in .venv, and nbdev's way of merging notebooks
@@ -41,15 +41,17 @@ $(READY): settings.ini setup.py constraints.txt
 	@echo 'c.IPKernelApp.log_level = "CRITICAL"' > $(VENV)/etc/ipython/ipython_kernel_config.py
 	@touch $@
 
-# what only some people want is installed when it is called for; Jupyter cleans notebooks when it saves them
+# what only some people want is installed when it is called for
 $(VENV)/.lab $(VENV)/.docs: $(VENV)/.%: $(READY)
 	@echo "== install what make $* needs"
 	@"$(BIN)/python" -m pip install -qq $(VERSIONS) --editable '.[$*]'
-	@mkdir -p $(VENV)/etc/jupyter/jupyter_server_config.d
-	@echo '{"FileContentsManager": {"pre_save_hook": "nbdev.clean.clean_jupyter"}}' > $(VENV)/etc/jupyter/jupyter_server_config.d/nbdev.json
 	@touch $@
 
+# Jupyter cleans notebooks as nbdev does when it saves them, and does not ask for news; settings of this environment alone
 lab: $(VENV)/.lab ## JupyterLab with the project's kernel, train_fold open
+	@mkdir -p $(VENV)/etc/jupyter/labconfig
+	@echo '{"FileContentsManager": {"pre_save_hook": "nbdev.clean.clean_jupyter"}}' > $(VENV)/etc/jupyter/jupyter_server_config.json
+	@echo '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}' > $(VENV)/etc/jupyter/labconfig/page_config.json
 	@JUPYTER_PREFER_ENV_PATH=1 "$(BIN)/jupyter" lab --LabApp.default_url=/lab/tree/notebooks/train_fold.ipynb $(LAB)
 
 docs: $(VENV)/.docs ## the site from the notebooks: _docs/html/index.html
@@ -100,7 +102,7 @@ rehearsal: $(READY) ## the Kaggle notebook on the demo data, as Kaggle would run
 # a test that is stuck for twenty minutes says where, and fails; the others go on
 STUCK := -o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true --max-worker-restart=1
 
-test: $(READY) check ## what is built is in step, every notebook, every test (SLOW=1: the slow ones, too)
+test: $(READY) check ## make check, every notebook, every test (SLOW=1: the slow ones, too)
 	@echo "== run every notebook"
 	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers 2
 	@echo "== run the end-to-end tests"
