@@ -42,15 +42,17 @@ def paddock_table(
     table: str | Path = "",  # as for `paddock_names`
     level: float = 0.9,  # share of the paddocks whose mean shall lie inside
     wanted: float = 200.0,  # kg DM/ha to both sides
-) -> pd.DataFrame:  # a row a paddock: photographs, without, mean, low, high, shared, more
+) -> pd.DataFrame:  # a row a paddock: photographs, mean, low, high, shared, more; without a prediction; unlike
     "Estimate the mean of each paddock in kg DM/ha. Raises ValueError for weights that know nothing of their errors."
     if not field:
         raise ValueError("these weights don't know their errors: use an assembled folder or a run, not a single file")
     rows = []
     named = result.assign(paddock=paddock_names(result["path"].tolist(), table))
     for paddock, part in named[named["paddock"] != ""].groupby("paddock"):
-        good = part["Dry_Total_g"].dropna().to_numpy()
+        unlike_N = (part["unlike"] > 1).to_numpy() if "unlike" in part else np.zeros(len(part), dtype=bool)
+        good = part["Dry_Total_g"][~unlike_N].dropna().to_numpy()
         empty = {"photographs": 0, "mean": np.nan, "low": np.nan, "high": np.nan, "shared": np.nan, "more": math.nan}
         found = paddock_mean(good, field["errors"]["paddock"], level, wanted) if len(good) else empty
-        rows.append({"paddock": paddock, **found, "without": len(part) - len(good)})
+        left_out = {"without": int(part["Dry_Total_g"].isna().sum()), "unlike": int(unlike_N.sum())}
+        rows.append({"paddock": paddock, **found, **left_out})
     return pd.DataFrame(rows)

@@ -95,7 +95,8 @@ def _paddock_rows(paddocks: pd.DataFrame) -> str:
         more = "-" if math.isnan(row["more"]) else "no number" if math.isinf(row["more"]) else f"{row['more']:.0f}"
         ends = f"{row['low']:.0f} to {row['high']:.0f}" if np.isfinite(row["low"]) else "-"
         mean = f"{row['mean']:.0f}" if np.isfinite(row["mean"]) else "-"
-        without = f" ({row['without']} without a prediction)" if row["without"] else ""
+        reasons = ((row["without"], "without a prediction"), (row["unlike"], "unlike training"))
+        without = "".join(f", {count} {reason}" for count, reason in reasons if count)
         cells = [escape(one_line(row["paddock"], 60)), f"{row['photographs']}{without}", mean, ends, more]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<h2>Paddocks</h2><table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -145,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
 
 # %% ../notebooks/82_page.ipynb #2fb4a6a4
 def _density_model(weights: str) -> Dense | None:
-    "Load the first model that draws densities, if the ensemble has one."
-    models = (member.load() for member in open_weights(weights)[0][:1])
+    "Load models until one draws densities; none may."
+    models = (member.load() for member in open_weights(weights)[0])
     return next((model for model in models if isinstance(model, Dense)), None)
 
 
@@ -159,11 +160,13 @@ def predict_main(
     options = {"batch_size": args.batch_size, "workers": args.workers}
     options |= {"devices": [torch.device(name) for name in args.devices]} if args.devices else {}
     views = tuple(args.views) if args.views else None
-    if len(args.photos) == 1 and (Path(args.photos[0]) / "test.csv").is_file() and not args.html:
+    is_test_set = len(args.photos) == 1 and (Path(args.photos[0]) / "test.csv").is_file()
+    if is_test_set:
         out = args.out or "submission.csv"
         make_submission(args.photos[0], args.weights, out, views=views, **options)
         print(f"written: {out}")
-        return
+        if not args.html:
+            return
     result = predict_photos(args.weights, args.photos, views, args.shape, progress=True, **options)
     if (result["problem"] != "").all():
         raise ValueError("no photograph could be predicted:\n" + "\n".join(result["problem"][:20]))
@@ -171,14 +174,14 @@ def predict_main(
     if args.paddocks:
         paddocks = paddock_table(result, field, "" if args.paddocks == "folders" else args.paddocks)
         print(paddocks.round(0).to_string(index=False))
-    if args.out:
+    if args.out and not is_test_set:
         write_csv(result, args.out)
-    else:
+    elif not is_test_set:
         print(result[["path", *TARGETS, "total_kg_ha", "flags"]].round(1).to_string(index=False))
     if args.html:
         level = field["errors"]["level"] if field else None
         write_file(args.html, field_page(result, paddocks, _density_model(args.weights), level))
     for problem in result["problem"][result["problem"] != ""]:
         print(f"not predicted: {one_line(problem)}")
-    for path in filter(None, (args.out, args.html)):
+    for path in filter(None, ("" if is_test_set else args.out, args.html)):
         print(f"written: {path}")
