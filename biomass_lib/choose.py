@@ -232,6 +232,9 @@ def choose_main(
     oof_M = np.array([weighted_r2(true_N5, pred_N5) for pred_N5 in pred_MN5])
     runs = pd.DataFrame({"run": names, "out of fold": oof_M, "public": public_M, "believed": pairs.attrs["mean"]})
     print(runs.to_string(index=False, float_format="%.4f", na_rep="-"))
+    aside = [name for name, mean in zip(names, pairs.attrs["mean"], strict=True) if np.isnan(mean)]
+    if aside:
+        print(f"set aside, more than {_BROKEN} behind the best out of fold: {', '.join(aside)}")
     named = {column: [names[k] for k in pairs[column]] for column in ("first", "second")}
     shown = pairs.assign(**named).head(10).to_string(index=False, float_format="%.4f")
     print(f"\n{shown}\n\n{_verdict(names, pairs, oof_M)}")

@@ -46,6 +46,15 @@ def test_a_public_score_is_a_reading(runs, capsys):
     assert "runs/run2" in verdict(capsys)
 
 
+def test_a_broken_run_is_set_aside_with_a_word(runs, capsys):
+    for path in Path(runs[2]).glob("fold*/oof.csv"):
+        oof = pd.read_csv(path)
+        oof[[f"{name}_pred" for name in TARGETS]] = 1000.0
+        oof.to_csv(path, index=False)
+    choose_main(runs)
+    assert "set aside, more than 0.2 behind the best out of fold: runs/run2" in capsys.readouterr().out
+
+
 def test_a_mean_of_runs_and_a_submission_elsewhere(runs, capsys):
     Path(runs[2], "submission.csv").rename("fetched.csv")
     choose_main([runs[0], runs[1], "runs/run0+runs/run2", "--submission", "runs/run2=fetched.csv"])
