@@ -11,7 +11,7 @@ SPACE := 8
 PAPERMILL = "$(BIN)/papermill" --no-progress-bar --log-level ERROR
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help install lab docs newest constraints demo rehearsal test variants tta versions bench bench-gpu shape check readme kernel clean
+.PHONY: help install lab docs newest constraints demo rehearsal test slow variants tta versions bench bench-gpu shape check readme kernel clean
 
 help: ## this list
 	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -107,6 +107,10 @@ test: $(READY) check ## make check, every notebook, every test (SLOW=1: the slow
 	@OMP_NUM_THREADS=1 "$(BIN)/nbdev_test" --n_workers 2
 	@echo "== run the end-to-end tests"
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -rs -n 2 --dist loadfile $(STUCK) tests $(if $(SLOW),--slow)
+
+slow: $(READY) ## the slow tests alone: kills, faults, sweeps
+	@echo "== run the slow tests"
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -rs -n 2 --dist loadfile $(STUCK) tests --slow -m slow
 
 # all variants of the model on the demo data, a quarter of an hour on two cores; folds that are done are not trained again
 variants: $(READY) ## all variants of the model on the demo data
