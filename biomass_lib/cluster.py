@@ -239,19 +239,26 @@ class _Bridge:
             if complaint == "":
                 self.accepted.add(node)
             elif isinstance(complaint, str):  # else it died meanwhile, or is asked again
-                _refuse(self, node, complaint, usable)
+                _refuse(self, node, complaint)
         self.nodes = {node: usable[node] for node in usable.keys() & self.accepted - self.refused.keys()}
         self.unsure = usable.keys() - self.accepted - self.refused.keys()
 
 # %% ../notebooks/61_cluster.ipynb #17c6cfdb
+def _node_name(
+    bridge: _Bridge,
+    node: str,  # id
+) -> str:
+    "Ask Ray for a node's name: it also knows nodes that died, and new ones that we haven't looked at yet."
+    return next((each["NodeName"] for each in bridge.ray.nodes() if each["NodeID"] == node), node)
+
+
 def _refuse(
     bridge: _Bridge,
     node: str,  # id
     complaint: str,
-    usable: dict[str, _Node],  # those that are alive
 ) -> None:
     "Give a node no more cells."
-    bridge.refused[node] = f"node {usable[node].name if node in usable else node} {complaint}"
+    bridge.refused[node] = f"node {_node_name(bridge, node)} {complaint}"
     bridge.nodes.pop(node, None)
 
 
@@ -287,7 +294,8 @@ def _begin(
         time.sleep(0.2)
         bridge.look()
     trouble = [*bridge.refused.values()]
-    trouble += [f"node {node} did not answer for two minutes: look after it, or end it" for node in bridge.unsure]
+    silent = sorted(_node_name(bridge, node) for node in bridge.unsure)
+    trouble += [f"node {name} did not answer for two minutes: look after it, or end it" for name in silent]
     if not trouble and not bridge.nodes:
         trouble = [f"no node of the cluster has {bridge.sizes[0]:g} CPUs and {bridge.sizes[1]:g} GPUs for a cell"]
     if trouble:
@@ -308,7 +316,7 @@ def _pass_on(
     for reference in ready:
         number, outcome = bridge.cells.pop(reference), bridge.outcome(reference)
         if outcome.state == "refused":
-            _refuse(bridge, outcome.node, outcome.text, bridge.nodes)
+            _refuse(bridge, outcome.node, outcome.text)
         driver.send(("outcome", number, outcome))
 
 
