@@ -137,7 +137,7 @@ versions: $(READY) ## the Kaggle notebook with older versions of its libraries
 # what is quoted in the README; nothing else should run meanwhile
 bench: $(READY) ## the benchmarks
 	@mkdir -p runs/bench
-	@for name in loading training predict sweep; do \
+	@for name in loading training predict field sweep; do \
 	    echo "== measure $$name: runs/bench/bench_$$name.ipynb" && \
 	    $(PAPERMILL) notebooks/bench_$$name.ipynb runs/bench/bench_$$name.ipynb -f notebooks/params/bench_$$name.yaml || exit 1; \
 	done

@@ -28,7 +28,8 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=lines("requirements"),
     extras_require={
-        name: lines(f"{name}_requirements") for name in ("dev", "lab", "docs", "wandb", "lora", "sweep", "cluster")
+        name: lines(f"{name}_requirements")
+        for name in ("dev", "lab", "docs", "wandb", "lora", "sweep", "cluster", "onnx")
     },
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"biomass_lib={'biomass_lib._modidx:d'}"]},
 )
