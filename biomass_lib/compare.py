@@ -412,10 +412,8 @@ def main_effects(
     varied, names = compared.varied.map(str), list(compared.table.index)
     rows, columns = [], ["parameter", "value", "reference", "pairs", "effect", "low", "high"]
     for parameter in varied if compared.sums_MK4 is not None else ():
-        rest = (
-            varied.drop(columns=parameter).apply(tuple, axis=1) if varied.shape[1] > 1 else pd.Series((), index=names)
-        )
-        rest = rest.astype(str)
+        several = varied.shape[1] > 1  # pandas has no empty tuple for each row
+        rest = varied.drop(columns=parameter).apply(tuple, axis=1).astype(str) if several else pd.Series("", names)
         reference = varied.loc[compared.base, parameter]
         numbers = pd.to_numeric(varied[parameter], errors="coerce")  # in their order; text as it comes
         for value in dict.fromkeys(varied.loc[numbers.sort_values(kind="stable").index, parameter]):

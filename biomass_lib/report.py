@@ -53,7 +53,7 @@ from .text import figure_text, markdown_text, one_line
 # %% ../notebooks/55_report.ipynb #f5dc15af
 @dataclass(frozen=True)
 class Judged:
-    "Hold what a report shows of a run; `judge_run` computes it."
+    "Hold the results that a report shows; `judge_run` computes them."
 
     run_dir: Path  # runs/<experiment>
     config: Config  # of params.yaml
@@ -67,7 +67,7 @@ class Judged:
     ridge: str | None  # the best ridge
     rival: str | None  # the best baseline of all
     delta: tuple[float, float, float]  # score of the model - score of the rival, and the interval
-    table: pd.DataFrame  # as from baseline_table: a row a prediction, the model first
+    table: pd.DataFrame  # as from baseline_table: a row for each prediction, the model first
     level: float  # of the prediction intervals
     low_N5: np.ndarray  # their lower ends, grams
     high_N5: np.ndarray  # their upper ends
@@ -75,7 +75,7 @@ class Judged:
     bias: pd.DataFrame  # as from bias_table
     done: dict[Cell, dict]  # fold or refit -> its done.json
     missing: list[int]  # folds that are not done
-    lacking: list[Cell]  # what is not done, also of folds that are done with another seed
+    lacking: list[Cell]  # unfinished cells, also of folds that are done with another seed
     findings: pd.DataFrame | None  # of the audit; None without data
 
     @property
@@ -191,7 +191,7 @@ def judge_run(
     smoke: bool = False,  # say that the numbers mean nothing
     level: float = 0.9,  # of the prediction intervals of single photographs
 ) -> Judged:
-    "Compute what a report shows. Raises ValueError or FileNotFoundError that names the parameter, the run or the file."
+    "Compute the results of a report. Raises ValueError or FileNotFoundError that names the parameter, the run or the file."
     for name, value in (("run_dir", run_dir), ("data_dir", data_dir), ("features", features)):
         if not isinstance(value, str | Path):
             shown = f"{type(value).__name__} {value!r}"
