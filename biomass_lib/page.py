@@ -125,7 +125,7 @@ def _page_tiles(
     some = paddocks is not None and len(paddocks) > 0
     return [
         *tiles,
-        ("with a flag", str(flagged), f"{len(paddocks)} paddocks" if some else "unlike training, small, or not 2 : 1"),
+        ("with a flag", str(flagged), f"paddocks: {len(paddocks)}" if some else "unlike training, small, or not 2 : 1"),
     ]
 
 # %% ../notebooks/82_page.ipynb #ad2a0bf7
