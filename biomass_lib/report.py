@@ -126,6 +126,13 @@ def _baselines_without_data(
     return {"State mean": state_oof(true_N5, state_N, fold_N), "training mean": mean_oof(true_N5, fold_N)}
 
 # %% ../notebooks/55_report.ipynb #9134034d
+def _check_names(**names: Any) -> None:
+    for name, value in names.items():
+        if not isinstance(value, str | Path):
+            shown = f"{type(value).__name__} {value!r}"
+            raise ValueError(f"parameter {name} must be a name of a file or folder, not {shown}")
+
+
 def _data_of(
     config: Config,  # of the run
     data_dir: str | Path,  # empty: as in the config
@@ -191,20 +198,14 @@ def judge_run(
     smoke: bool = False,  # say that the numbers mean nothing
     level: float = 0.9,  # of the prediction intervals of single photographs
 ) -> Judged:
-    "Compute the results of a report. Raises ValueError or FileNotFoundError that names the parameter, the run or the file."
-    for name, value in (("run_dir", run_dir), ("data_dir", data_dir), ("features", features)):
-        if not isinstance(value, str | Path):
-            shown = f"{type(value).__name__} {value!r}"
-            raise ValueError(f"parameter {name} must be a name of a file or folder, not {shown}")
+    "Compute the results of a report. Raises ValueError or FileNotFoundError that names the parameter, run or file."
+    _check_names(run_dir=run_dir, data_dir=data_dir, features=features)
     run_dir = Path(run_dir)
     config = run_config(run_dir)
     data = _data_of(config, data_dir, features)
     epoch, oof, best = _quoted_and_best(run_dir)
-    if data:
-        frozen = read_features(features) if features else None
-        others = baselines(oof, run_dir, data, exclude=config.exclude, features=frozen)
-    else:
-        others = _baselines_without_data(oof, run_dir)
+    frozen = read_features(features) if features else None
+    others = baselines(oof, run_dir, data, config.exclude, frozen) if data else _baselines_without_data(oof, run_dir)
     low_N5, high_N5 = conformal_intervals(oof, level)
     table = baseline_table(oof, best, others, visit_of(oof))
     rival, delta = _compare_with_best(oof, others, table)
