@@ -507,7 +507,7 @@ def comparison_tiles(
         detail = f"{gain.naive:+.3f} without the correction"
         tiles.append(("gain over the base", f"{gain.gain:+.3f}", detail))
     seeds, folds = (len({getattr(cell, key) for cell in compared.cells}) for key in ("seed", "fold"))
-    tiles.append(("settings", str(len(compared.table)), f"{folds} folds, {seeds} seeds in common"))
+    tiles.append(("settings", str(len(compared.table)), f"{folds} folds, seeds: {seeds}"))
     photographs = len(compared.oofs[compared.base])
     return [*tiles, ("photographs", str(photographs), f"{compared.n_visits} visits")]
 

@@ -106,7 +106,7 @@ def plot_baselines(
     names = [figure_text(name) for name in table.index]
     axis.set(yticks=range(len(table)), yticklabels=names, xlabel="score, with its 95 % interval")
     axis.set(xlim=(left, 1), ylim=(len(table) - 0.5, -0.5))
-    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5]))
     axis.grid(axis="x", color="0.92", zorder=0)
     axis.set_axisbelow(True)
     tidy(axis)
