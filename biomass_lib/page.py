@@ -26,7 +26,7 @@ from .paddocks import paddock_table
 from .photos import SHAPES, open_weights, predict_photos
 from .plots import LABELS
 from .predict import VIEWS
-from .report import html_page
+from .report import html_page, tiles_html
 from .submit import make_submission
 from .targets import TARGETS
 from .text import one_line
@@ -101,6 +101,33 @@ def _paddock_rows(paddocks: pd.DataFrame) -> str:
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<h2>Paddocks</h2><table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
+# %% ../notebooks/82_page.ipynb #889df15b
+def _page_title(good: pd.DataFrame) -> str:
+    if not len(good):
+        return "Pasture biomass: no photograph predicted"
+    many = f"{len(good)} photographs" if len(good) > 1 else "1 photograph"
+    return f"Pasture biomass: {good['total_kg_ha'].mean():,.0f} kg DM/ha, mean of {many}"
+
+
+def _page_tiles(
+    result: pd.DataFrame,  # of `predict_photos`
+    paddocks: pd.DataFrame | None,
+) -> list[tuple[str, str, str]]:  # label, value, detail
+    "List the facts under the title."
+    good = result[result["problem"] == ""]
+    broken, flagged = len(result) - len(good), int((good["flags"] != "").sum())
+    tiles = [("photographs", str(len(good)), f"{broken} not predicted")]
+    if len(good):
+        low, high = good["total_kg_ha"].min(), good["total_kg_ha"].max()
+        tiles.append(("kg DM/ha, mean", f"{good['total_kg_ha'].mean():,.0f}", f"from {low:,.0f} to {high:,.0f}"))
+        total_g, green_g = good["Dry_Total_g"].mean(), good["Dry_Green_g"].mean()
+        tiles.append(("total a quadrat", f"{total_g:.1f} g", f"{green_g:.1f} g of it green"))
+    some = paddocks is not None and len(paddocks) > 0
+    return [
+        *tiles,
+        ("with a flag", str(flagged), f"paddocks: {len(paddocks)}" if some else "unlike training, small, or not 2 : 1"),
+    ]
+
 # %% ../notebooks/82_page.ipynb #ad2a0bf7
 def field_page(
     result: pd.DataFrame,  # of `predict_photos`
@@ -110,10 +137,11 @@ def field_page(
 ) -> str:  # HTML
     "Write photographs, masses and paddocks as one page."
     good, broken = result[result["problem"] == ""], result[result["problem"] != ""]
-    said = f"{len(good)} photographs predicted, {len(broken)} broken, {(good['flags'] != '').sum()} with a flag."
+    note = "Masses are dry and for the quadrat of 0.7 m x 0.3 m."
     if level:
-        said += f" In brackets: {level:.0%} prediction intervals, from photographs that the models had not seen."
-    parts = [_STYLE, "<h1>Pasture biomass</h1>", f"<p>{said} Masses are of the quadrat, 0.7 m x 0.3 m, dry.</p>"]
+        note += f" In brackets are {level:.0%} prediction intervals, from photographs that the models had not seen."
+    title = _page_title(good)
+    parts = [_STYLE, f"<h1>{title}</h1>", tiles_html(_page_tiles(result, paddocks)), f"<p>{note}</p>"]
     if paddocks is not None and len(paddocks):
         parts.append(_paddock_rows(paddocks))
     if len(broken):
@@ -121,7 +149,7 @@ def field_page(
         parts.append(f"<h2>Not predicted</h2><ul>{''.join(lines)}</ul>")
     rows = "".join(_photo_row(row, maps) for row in good.to_dict("records"))
     parts.append(f'<h2>Photographs</h2><table class="photo"><tbody>{rows}</tbody></table>')
-    return html_page("\n".join(parts), "Pasture biomass")
+    return html_page("\n".join(parts), title)
 
 # %% ../notebooks/82_page.ipynb #91a99e08
 def _parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .config import run_config
 from .device import pick_devices
 from .evaluate import finished_cells, read_oof
-from .field import KG_HA, error_facts, look_distance, look_features
+from .field import error_facts, look_distance, look_features
 from .files import write_file
 from .images import FLAT_SHARE, check_photo_file, grey_bottom
 from .intervals import half_widths
@@ -32,7 +32,7 @@ from .models import load_model
 from .predict import DEFAULT_VIEWS, Member, Predicted, input_of, predict_ensemble
 from .submit import ensemble_members
 from .tables import join_names, read_test
-from .targets import TARGETS, project_masses
+from .targets import KG_HA, TARGETS, project_masses
 
 # %% ../notebooks/80_photos.ipynb #8810d571
 _PICTURES = {".jpg", ".jpeg", ".png", ".heic", ".heif", ".avif", ".webp", ".tif", ".tiff"}

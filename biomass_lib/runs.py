@@ -568,7 +568,7 @@ def make_report(
         (run_dir / name).unlink(missing_ok=True)
     executed = run_dir / "report.ipynb"
     run_notebook(source, executed, {"run_dir": run_dir, "data_dir": data_dir, "features": features}, "report")
-    write_html(executed, run_dir / "report.html", title=f"Report on {run_dir.name}")
+    write_html(executed, run_dir / "report.html", title=read_json(run_dir / "report.json")["headline"])
     return pd.read_csv(run_dir / "scores.csv", index_col=0)
 
 # %% ../notebooks/60_runs.ipynb #4c3970e8

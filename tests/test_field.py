@@ -11,10 +11,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from biomass_lib.features import align_features, read_features
-from biomass_lib.field import KG_HA, error_facts, paddock_mean
+from biomass_lib.field import error_facts, paddock_mean
 from biomass_lib.intervals import half_widths, visit_of
 from biomass_lib.tables import read_train
-from biomass_lib.targets import TARGETS
+from biomass_lib.targets import KG_HA, TARGETS
 
 DATA = Path(__file__).parents[2] / "shared/data"
 FEATURES = DATA / "features/dinov2_vits14_cls_350x700.npy"

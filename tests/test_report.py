@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-FIGURES = 6  # scores, scatter with intervals, errors by group, learning curves, worst and best photographs
+FIGURES = 9  # scores, scatter, errors by State, date, decile and species, learning curves, worst and best photographs
 TINY = {
     "data_dir": "demo",
     "experiment": "tiny",
@@ -123,8 +123,9 @@ def test_numbers_are_those_of_the_predictions(home: Path):
         table.loc["model, best epoch", "score"] - table.loc["model", "score"]
     )
     score, low, high = table.loc["model", ["score", "low", "high"]]
-    assert report["headline"].startswith(f"tiny: {score:.2f} (95 % {low:.2f} to {high:.2f}) on 24 photographs, ")
-    assert report["headline"].endswith("ridge")
+    rival = table["score"].drop(["model", "model, best epoch", "ceiling"]).idxmax()
+    assert report["headline"].startswith(f"tiny: {score:.2f} (95 % {low:.2f} to {high:.2f}), ")
+    assert report["headline"].endswith(f" the {rival}")
 
 
 def test_notebook_holds_no_logic():
@@ -141,6 +142,10 @@ def test_html_is_whole_small_and_offline(home: Path):
     html = path.read_text(encoding="utf-8")
     page, score = Page(html), json.loads((home / "runs/tiny/report.json").read_text(encoding="utf-8"))["score"]["value"]
     assert f"<strong>{score:.3f}</strong>" in html
+    title = json.loads((home / "runs/tiny/report.json").read_text(encoding="utf-8"))["headline"]
+    assert f"<title>{title}</title>" in html and f">{title}" in html[html.index("<h1") :][:300]
+    assert len(page.all("h1")) == 1 and html.count('class="tile"') == 4
+    assert html.index("<h1") < html.index('class="tile"') < html.index("<img") < html.index("<blockquote")
     pictures = page.all("img")
     assert len(pictures) == FIGURES
     for picture in pictures:
