@@ -40,12 +40,12 @@ from .targets import TARGETS, WEIGHTS
 
 # %% ../notebooks/43_adapt.ipynb #5c6e6de1
 METHODS = ("pseudo", "align", "finetune", "report")  # report: only how unlike training the test set is
-_DEFAULTS = {"method": "pseudo", "share": 0.2, "minutes": 30.0}
+_DEFAULTS = {"method": "pseudo", "share": 0.2, "minutes": 30.0, "sure": 0.9}
 
 
 def adapt_settings(
     value: Any,  # of the manifest's key adapt
-) -> dict[str, Any] | None:  # method, share of the student in the mean, minutes; None: it is off
+) -> dict[str, Any] | None:  # method, share of the student in the mean, minutes, sure (of a State); None: it is off
     "Check the settings. Raises ValueError for unknown keys and methods, and for numbers out of range."
     if value is None:
         return None
@@ -55,7 +55,7 @@ def adapt_settings(
     settings = _DEFAULTS | value
     if settings["method"] not in METHODS:
         raise ValueError(f"adapt: method {str(settings['method'])[:50]!r} is unknown; there are {', '.join(METHODS)}")
-    for name, most in (("share", 1), ("minutes", 480)):
+    for name, most in (("share", 1), ("minutes", 480), ("sure", 1)):
         if type(settings[name]) not in (int, float) or not 0 < settings[name] <= most:
             raise ValueError(f"adapt: {name} = {str(settings[name])[:50]} must be a number above 0, at most {most}")
     return settings
@@ -271,15 +271,13 @@ def _class_odds(
     return (test_MK @ weight_KC + bias_C).softmax(dim=1).detach().numpy()
 
 # %% ../notebooks/43_adapt.ipynb #c6bd621a
-_SURE = 0.9  # probability; how often the State is right above it is measured
-
-
 def state_table(
     train_ND: np.ndarray,  # features
     state_N: np.ndarray,  # the State of each training photograph
     visit_N: np.ndarray,  # its visit
     test_MD: np.ndarray,
-) -> tuple[pd.DataFrame, dict[str, Any]]:  # state and probability of each test photograph; measured by visits
+    sure: float = 0.9,  # probability from which on a State is believed
+) -> tuple[pd.DataFrame, dict[str, Any]]:  # of each test photograph state, probability, sure; measured by visits
     "Predict States, and measure on left-out visits how often that is right, and how often where it is sure."
     states, class_N = np.unique(state_N, return_inverse=True)
     held_out_NC = np.zeros((len(train_ND), len(states)))
@@ -287,9 +285,10 @@ def state_table(
         out_N = visit_N == visit
         if not out_N.all():
             held_out_NC[out_N] = _class_odds(train_ND[~out_N], class_N[~out_N], len(states), train_ND[out_N])
-    right_N, sure_N = held_out_NC.argmax(axis=1) == class_N, held_out_NC.max(axis=1) >= _SURE
+    right_N, sure_N = held_out_NC.argmax(axis=1) == class_N, held_out_NC.max(axis=1) >= sure
     odds_MC = _class_odds(train_ND, class_N, len(states), test_MD)
     table = pd.DataFrame({"state": states[odds_MC.argmax(axis=1)], "probability": odds_MC.max(axis=1).round(4)})
+    table["sure"] = odds_MC.max(axis=1) >= sure
     facts = {"right": round(float(right_N.mean()), 3), "sure": round(float(sure_N.mean()), 3)}
     return table, facts | {"right_where_sure": round(float(right_N[sure_N].mean()), 3) if sure_N.any() else None}
 
@@ -502,10 +501,11 @@ def _write_report(
     table: pd.DataFrame,  # of `_training_table`
     test_MD: np.ndarray,
     image_ids: list[str],  # of the test photographs
+    sure: float,  # of `state_table`
 ) -> None:
     "Write state.csv, shift.csv and, last, shift.json."
     visit_N = table["visit"].to_numpy(dtype=str)
-    states, measured = state_table(train_ND, table["State"].to_numpy(dtype=str), visit_N, test_MD)
+    states, measured = state_table(train_ND, table["State"].to_numpy(dtype=str), visit_N, test_MD, sure)
     nearest = shift_table(train_ND, visit_N, test_MD)
     facts = {"auc": round(shift_auc(train_ND, visit_N, test_MD), 3), "outside": round(nearest["outside"].mean(), 3)}
     write_csv(states.assign(image_id=image_ids), out_dir / "state.csv")
@@ -571,7 +571,7 @@ def _run_adaptation(
     data_dir: str | Path,  # with train.csv, test.csv and the photographs
     weights_dir: str | Path,  # with manifest.json
     plain: str | Path,  # the plain submission, which is only read
-    out_dir: str | Path,  # gets shift.csv, shift.json and student.csv
+    out_dir: str | Path,  # gets state.csv, shift.csv, shift.json and student.csv
     seconds: float = math.inf,  # that it may take
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
@@ -593,7 +593,7 @@ def _run_adaptation(
     table, ids = table[seen_N], images["image_id"][seen_M].tolist()
     sides = [(each[: len(seen_N)][seen_N], each[len(seen_N) :][seen_M]) for each in features]
     print("adapt: the report", flush=True)
-    _write_report(Path(out_dir), sides[0][0], table, sides[0][1], ids)
+    _write_report(Path(out_dir), sides[0][0], table, sides[0][1], ids, settings["sure"])
     if method == "report":
         return
     print(f"adapt: {len(members)} students", flush=True)
