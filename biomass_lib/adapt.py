@@ -355,7 +355,7 @@ def _tensors(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # features_ND, mass_N5, weight_N
     "Prepare photographs for training."
     weight_N = torch.full((len(features_ND),), weight)
-    return torch.from_numpy(features_ND).float(), torch.from_numpy(mass_N5).float(), weight_N
+    return torch.tensor(features_ND, dtype=torch.float32), torch.tensor(mass_N5, dtype=torch.float32), weight_N
 
 
 def _pseudo_masses(

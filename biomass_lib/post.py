@@ -96,9 +96,8 @@ def _sure_states(
 ) -> np.ndarray:  # state_N; empty where it's not sure, or not known
     "Read predicted States. Raises FileNotFoundError without the file."
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there: post 'state' needs the adaptation stage, and it has failed or is off"
-        )
+        where = f"{path.parent.name}/{path.name}"
+        raise FileNotFoundError(f"no {where}: post 'state' needs the adaptation stage, which has failed or is off")
     table = pd.read_csv(path, dtype={"image_id": str}).set_index("image_id")
     state_N = table["state"].where(table["sure"], "").reindex(image_ids).fillna("").to_numpy(dtype=str)
     print(f"States that are sure: {(state_N != '').sum()} of {len(state_N)}, WA {(state_N == 'WA').sum()}")
