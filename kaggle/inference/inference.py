@@ -146,8 +146,8 @@ submission = submission if adapted is None else adapted
 # ## Post-processing, if the manifest asks for it
 #
 # The manifest may name switches (`post`), such as less clover. They move masses by fixed rules of public solutions (one
-# of them where the State is sure), and what stood here before is kept as `submission_unprocessed.csv`. If a switch fails,
-# the submission stays as it is, bit for bit, and a line says why.
+# of them where the State is sure), and what stood here before is kept as `submission_unprocessed.csv`. If a switch
+# fails, the submission stays as it is, bit for bit, and a line says why.
 
 # %%
 processed = post_submission(manifest.get("post"))
