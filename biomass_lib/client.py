@@ -10,6 +10,7 @@ __all__ = ['Reply', 'find_client', 'run_kaggle', 'NotDone', 'upload_weights', 'p
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -610,10 +611,27 @@ def _parameters_cell(
     quoted = repr(text) if re.search(r'"""|\\', text) else f'"""\n{text}"""'
     return f"PARAMETERS = {quoted}\nFOLDS = {list(folds)!r}\nSEEDS = {list(seeds)!r}\nHOURS = {hours!r}"
 
+# %% ../notebooks/73_client.ipynb #9c9c1c6a
+_MOST_LETTERS = 50  # of a title and a slug
+
+
+def _of_experiment(
+    metadata: dict[str, Any],  # kernel-metadata.json of kaggle/training
+    experiment: str,
+) -> dict[str, Any]:  # the same with its own id and title
+    "Name the training kernel of an experiment: the same name each time, and no two alike."
+    slug = metadata["id"].rpartition("/")[2]
+    own, room = re.sub(r"[^a-z0-9]+", "-", experiment.lower()).strip("-"), _MOST_LETTERS - len(slug) - 1
+    if len(own) > room or not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", experiment):  # then others have this one, too
+        digest = hashlib.sha256(experiment.encode()).hexdigest()[:6]
+        own = f"{own[: max(0, room - 7)].strip('-')}-{digest}".strip("-")
+    return metadata | {"id": f"{metadata['id']}-{own}", "title": f"{metadata.get('title')} {own}"}
+
 # %% ../notebooks/73_client.ipynb #f0d30be3
 def _write_training(
     folder: Path,  # empty
     root: Path,  # of the repository
+    experiment: str,
     cell: str,  # of `_parameters_cell`
     internet: bool,
     earlier: bool,  # go on with the kernel's own output
@@ -622,6 +640,7 @@ def _write_training(
     try:
         metadata = read_metadata(root / "kaggle" / "training" / "kernel-metadata.json")
         problems = check_kernel(root, "training")
+        metadata = _of_experiment(metadata, experiment)
         sources = metadata.get("kernel_sources") or []
         metadata |= {"enable_internet": internet, "kernel_sources": sources + [metadata["id"]] * earlier}
         _refuse(list(dict.fromkeys(problems + check_training_metadata(metadata))))
@@ -720,7 +739,7 @@ def _run_training(
     "Push the training kernel, unless a run of it goes on, wait, fetch and verify. Raises NotDone."
     config, folds, seeds, cells = _read_request(args)
     root = Path(os.path.relpath(repo_root()))
-    kernel = _kernel_id(root / "kaggle" / "training")
+    kernel = _of_experiment({"id": _kernel_id(root / "kaggle" / "training")}, config.experiment)["id"]
     out = Path(args.out or Path(config.runs_dir) / config.experiment)
     _check_target(out)
     state, run = _last_state(kernel), kernel
@@ -730,7 +749,7 @@ def _run_training(
         internet = config.pretrained and not config.backbone_weights
         with tempfile.TemporaryDirectory() as folder:
             cell = _parameters_cell(config, folds, seeds, args.hours)
-            _write_training(Path(folder), root, cell, internet, earlier=bool(state) and not args.fresh)
+            _write_training(Path(folder), root, config.experiment, cell, internet, bool(state) and not args.fresh)
             with _interruptible(f"{kernel} with or without a new version", "the same command again"):
                 reply = run_kaggle("kernels", "push", "-p", folder, seconds=600.0)
             version = _pushed_version(reply, kernel)

@@ -109,14 +109,21 @@ def training_cost(
     }
 
 # %% ../notebooks/38_cost.ipynb #61d93896
+_TUNING = 14  # passes: 8 epochs on all and 4 on training photographs, backward through a fifth, and two views
+
+
 def adaptation_minutes(
-    specs: list[dict[str, Any]],  # of the models of an ensemble, as in the manifest
+    specs: list[
+        dict[str, Any]
+    ],  # of the models of an ensemble, as in the manifest, the one of the largest weight first
     photographs: int = 357 + 800,  # training and test
+    method: str = "pseudo",  # of adapt.METHODS
 ) -> float:  # of two T4 together
-    "Estimate how long the features for adaptation take. Raises as `create_model` does."
+    "Estimate how long the networks work for adaptation. Raises as `create_model` does."
+    passes = {"report": [1], "finetune": [1 + _TUNING] + [_TUNING] * (len(specs) - 1)}.get(method, [1] * len(specs))
     operations = 0.0
-    for spec in specs:
+    for spec, times in zip(specs, passes, strict=False):
         with torch.device("meta"):
             model = create_model(**spec)
-        operations += _kept_bytes(model, spec["img_size"], False)[1]
+        operations += times * _kept_bytes(model, spec["img_size"], False)[1]
     return photographs * 2 * operations / (2 * _T4_FLOPS) / 60

@@ -357,10 +357,11 @@ def post_table(
     cluster_N: np.ndarray,  # the visit of each photograph
     names: Collection[str],  # of post.SWITCHES, in the order in which they are applied
     level: float = 0.95,
+    state_N: np.ndarray | None = None,  # for the switch `state`, as for `post_masses`
 ) -> pd.DataFrame:  # row: plain, each switch, all of them; score, low, high, ahead (of plain), its low and high
     "Compare predictions before and after post-processing. Raises ValueError as `post_masses` does."
-    predictions = {"plain": pred_N5} | {name: post_masses(pred_N5, (name,)) for name in names}
+    predictions = {"plain": pred_N5} | {name: post_masses(pred_N5, (name,), state_N) for name in names}
     if len(names) > 1:
-        predictions[", ".join(names)] = post_masses(pred_N5, names)
+        predictions[", ".join(names)] = post_masses(pred_N5, names, state_N)
     table = pd.DataFrame.from_dict(score_rows(true_N5, predictions, "plain", cluster_N, level), orient="index")
     return table.rename_axis("post")[["score", "low", "high", "ahead", "ahead_low", "ahead_high"]]

@@ -44,12 +44,24 @@ def _half_sums(
     gdm_N = (gdm_N + green_N + clover_N) / 2
     return np.stack([green_N, dead_N, clover_N, gdm_N, (total_N + gdm_N + dead_N) / 2], axis=1)
 
+# %% ../notebooks/44_post.ipynb #70a86e1e
+def _state_rules(
+    mass_N5: np.ndarray,  # grams, order of TARGETS
+    state_N: np.ndarray,  # of each photograph; empty where we're not sure
+) -> np.ndarray:
+    "Leave no dead matter in Western Australia, so that the Total is GDM."
+    out_N5, west_N = mass_N5.copy(), np.asarray(state_N) == "WA"
+    dead, gdm, total = (TARGETS.index(name) for name in ("Dry_Dead_g", "GDM_g", "Dry_Total_g"))
+    out_N5[west_N, dead], out_N5[west_N, total] = 0.0, out_N5[west_N, gdm]
+    return out_N5
 
-SWITCHES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+# %% ../notebooks/44_post.ipynb #0ca560f4
+SWITCHES: dict[str, Callable[..., np.ndarray]] = {
     "clover": _lighter_clover,
     "dead": _bent_dead,
     "half": _half_sums,
     "balance": project_masses,
+    "state": _state_rules,  # takes States, too
 }
 
 # %% ../notebooks/44_post.ipynb #58ee07e0
@@ -67,12 +79,29 @@ def check_switches(
 def post_masses(
     mass_N5: np.ndarray,  # predicted grams, order of TARGETS
     names: Iterable[str],  # of SWITCHES, in the order in which they are applied
+    state_N: np.ndarray | None = None,  # for the switch `state`; empty where it's not sure
 ) -> np.ndarray:  # mass_N5
-    "Apply switches to predictions. Raises ValueError as `check_switches` and `check_masses` do."
+    "Apply switches to predictions. Raises ValueError for `state` without States, as `check_switches`, `check_masses`."
     mass_N5, _ = check_masses(mass_N5, mass_N5)
     for name in check_switches(names):
-        mass_N5 = SWITCHES[name](mass_N5)
+        if name == "state" and state_N is None:
+            raise ValueError("post 'state' needs the State of each photograph, which the adaptation stage predicts")
+        mass_N5 = SWITCHES[name](mass_N5, *([state_N] if name == "state" else []))
     return mass_N5
+
+# %% ../notebooks/44_post.ipynb #25ab4f6a
+def _sure_states(
+    path: Path,  # state.csv of the adaptation stage
+    image_ids: Iterable[str],
+) -> np.ndarray:  # state_N; empty where it's not sure, or not known
+    "Read predicted States. Raises FileNotFoundError without the file."
+    if not path.is_file():
+        where = f"{path.parent.name}/{path.name}"
+        raise FileNotFoundError(f"no {where}: post 'state' needs the adaptation stage, which has failed or is off")
+    table = pd.read_csv(path, dtype={"image_id": str}).set_index("image_id")
+    state_N = table["state"].where(table["sure"], "").reindex(image_ids).fillna("").to_numpy(dtype=str)
+    print(f"States that are sure: {(state_N != '').sum()} of {len(state_N)}, WA {(state_N == 'WA').sum()}")
+    return state_N
 
 # %% ../notebooks/44_post.ipynb #9c1a3a47
 _MOST_MOVED = 0.25  # share of the mean Total
@@ -81,6 +110,7 @@ _MOST_MOVED = 0.25  # share of the mean Total
 def _post_table(
     submission: pd.DataFrame,  # sample_id, target
     names: tuple[str, ...],  # of SWITCHES
+    states: Path,  # state.csv of the adaptation stage; only read for the switch `state`
 ) -> pd.DataFrame:  # the same rows in the same order
     "Apply switches to a submission. Raises ValueError for what is no submission, and for masses that move too far."
     parts = submission["sample_id"].astype(str).str.rpartition("__")
@@ -89,7 +119,7 @@ def _post_table(
     if sorted(wide.columns) != sorted(TARGETS):
         raise ValueError(f"each photograph must have the rows {', '.join(TARGETS)}")
     before_N5 = wide[list(TARGETS)].to_numpy()
-    after_N5 = post_masses(before_N5, names)
+    after_N5 = post_masses(before_N5, names, _sure_states(states, wide.index) if "state" in names else None)
     moved = after_N5[:, -1].mean() - before_N5[:, -1].mean()
     if abs(moved) > _MOST_MOVED * before_N5[:, -1].mean():
         raise ValueError(f"the mean Dry_Total_g moved by {moved:+.1f} g, more than a quarter")
@@ -110,7 +140,7 @@ def post_submission(
         return None
     try:
         plain = pd.read_csv(path)
-        changed = _post_table(plain, check_switches(names))
+        changed = _post_table(plain, check_switches(names), path.parent / "adapt" / "state.csv")
         write_file(path.with_name(f"{path.stem}_unprocessed{path.suffix}"), path.read_bytes())
         write_csv(changed, path)
     except Exception as error:  # whatever it is, it must not cost the submission

@@ -24,7 +24,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save
 
-from .adapt import METHODS, adapt_settings
+from .adapt import METHODS, adapt_settings, unfreeze_upper
 from .claims import Cell, cell_folder
 from .command import command, fold_name, user_path
 from .config import ALL, MACHINE_PARAMETERS, Config, read_yaml
@@ -62,7 +62,7 @@ from biomass_lib.kaggle_rules import (
 )
 from .field import error_facts, look_facts, look_features
 from .intervals import visit_of
-from .models import load_model, state_sha256
+from .models import create_model, load_model, state_sha256
 from .post import SWITCHES, check_switches
 from biomass_lib.predict import (
     DEFAULT_VIEWS,
@@ -495,7 +495,8 @@ def _card_adapt(
     if not settings or settings["method"] == "report":
         return []
     how = f"adapted to the test photographs ({settings['method']}), in a share of {settings['share']:g}"
-    return [f"The kernel mixes in predictions of heads that it has {how}; scores below are without it."]
+    what = "networks" if settings["method"] == "finetune" else "heads"
+    return [f"The kernel mixes in predictions of {what} that it has {how}; scores below are without it."]
 
 # %% ../notebooks/71_weights.ipynb #aa1913df
 def _card_training(
@@ -843,6 +844,24 @@ def _add_scores(
         if half:
             facts["half"] = _half_change(run_dir, cells, data_dir)
 
+# %% ../notebooks/71_weights.ipynb #54bd9847
+def _check_after(
+    manifest: dict[str, Any],  # with its models, adapt and post
+) -> None:
+    "Raise ValueError for a switch without its States, and for networks that can't be trained further."
+    if "state" in manifest.get("post", ()) and not manifest.get("adapt"):
+        raise ValueError(
+            "post state needs States, which the adaptation stage predicts: add --adapt report, or more of it"
+        )
+    if (manifest.get("adapt") or {}).get("method") != "finetune":
+        return
+    specs = [entry["spec"] for entry in manifest["models"] if entry["spec"]["name"] != "frozen_ridge"]
+    if not specs:
+        raise ValueError("adapt finetune has nothing to train in frozen_ridge: use --adapt pseudo")
+    for text in sorted({json.dumps(spec) for spec in specs}):
+        with torch.device("meta"):
+            unfreeze_upper(create_model(**json.loads(text)))
+
 # %% ../notebooks/71_weights.ipynb #6c0a63ed
 def assemble_weights(
     runs: str
@@ -868,6 +887,7 @@ def assemble_weights(
     shares = [shares[run_dir] for run_dir in runs]
     manifest = _build_manifest(runs, shares, half, _projection(runs, shares) if project else None, views)
     manifest |= ({"adapt": settings} if settings else {}) | ({"post": list(check_switches(post))} if post else {})
+    _check_after(manifest)
     manifest["field"] = _field_facts(runs, shares, look, data_dir)
     sources = _sources(runs, manifest)
     shared = _find_shared(sources, half)
@@ -931,8 +951,11 @@ def _post_lines(
         true_N5, pred_MN5, first = same_photographs(_oofs(used))
     except (OSError, ValueError) as error:  # the weights are complete without it
         return [f"post {', '.join(manifest['post'])}: not compared out of fold: {error}"]
-    table = post_table(true_N5, np.tensordot(shares, pred_MN5, 1), visit_of(first), manifest["post"])
-    lines = []
+    known = {"state_N": first["State"].to_numpy(dtype=str)}
+    table = post_table(true_N5, np.tensordot(shares, pred_MN5, 1), visit_of(first), manifest["post"], **known)
+    lines = ["post state: compared as if every State were known; the kernel predicts it"] * (
+        "state" in manifest["post"]
+    )
     for name, row in table[1:].iterrows():
         change = f"{row['ahead']:+.4f} (95 % interval {row['ahead_low']:+.4f} to {row['ahead_high']:+.4f})"
         lines.append(f"post {name}: out-of-fold score {row['score']:.4f}, {change}")
@@ -948,13 +971,17 @@ def _add_adapt_options(
     )
     parser.add_argument("--adapt-share", type=float, help="of what adapts, in the mean (0.2)")
     parser.add_argument("--adapt-minutes", type=float, help="that it may take, of the kernel's hours (30)")
+    parser.add_argument(
+        "--adapt-sure", type=float, help="probability from which on --post state believes a State (0.9)"
+    )
 
 
 def _adapt_options(
     args: argparse.Namespace,
 ) -> dict[str, Any] | None:  # for `adapt_settings`
-    "Collect what was asked of adaptation. Raises ValueError for a share or minutes without a method."
+    "Collect what was asked of adaptation. Raises ValueError for what does nothing without a method."
     given = {"method": args.adapt, "share": args.adapt_share, "minutes": args.adapt_minutes}
+    given["sure"] = args.adapt_sure
     given = {name: value for name, value in given.items() if value is not None}
     if given and args.adapt is None:
         raise ValueError(f"--adapt-{next(iter(given))} does nothing without --adapt METHOD")
@@ -968,9 +995,9 @@ def _adapt_lines(
     settings, specs = manifest.get("adapt"), [entry["spec"] for entry in manifest["models"]]
     if not settings:
         return []
-    minutes = adaptation_minutes(specs[:1] if settings["method"] == "report" else specs)
+    minutes = adaptation_minutes(specs, method=settings["method"])
     line = f"adapt {settings['method']}: about {minutes:.1f} minutes of two T4"
-    if settings["method"] != "report":
+    if settings["method"] in ("pseudo", "align"):
         minutes += len(specs)
         line += f" and {len(specs)} of the CPU"  # of one core, 1,157 photographs and 2,048 features
     line += f", {settings['minutes']:g} are granted"

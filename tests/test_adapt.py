@@ -71,14 +71,15 @@ def children() -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("phase", "signum"),
+    ("phase", "signum", "method"),
     [
-        *[(phase, signal.SIGKILL) for phase in ("starting", "features of", "the report", "2 students")],
-        ("features of", signal.SIGTERM),
-        ("features of", signal.SIGSEGV),
+        *[(phase, signal.SIGKILL, "pseudo") for phase in ("starting", "features of", "the report", "2 students")],
+        *[(phase, signal.SIGKILL, "finetune") for phase in ("2 students", "two_stream.safetensors, epoch 9")],
+        ("features of", signal.SIGTERM, "pseudo"),
+        ("features of", signal.SIGSEGV, "pseudo"),
     ],
 )
-def test_a_kill_in_each_phase(stage, tmp_path, monkeypatch, capsys, phase, signum):
+def test_a_kill_in_each_phase(stage, tmp_path, monkeypatch, capsys, phase, signum, method):
     before, killed = set(children()), []
 
     def kill() -> None:
@@ -102,7 +103,7 @@ def test_a_kill_in_each_phase(stage, tmp_path, monkeypatch, capsys, phase, signu
             return child
 
         monkeypatch.setattr(adapt.subprocess, "Popen", started)
-    replaced, submission = attempt(stage, tmp_path / "here", {"method": "pseudo"})
+    replaced, submission = attempt(stage, tmp_path / "here", {"method": method})
     assert (replaced, submission) == (False, (stage / "plain.csv").read_bytes())
     said = capsys.readouterr().out
     assert f"the plain submission stands: RuntimeError: its process ended with status -{int(signum)}" in said
@@ -154,13 +155,14 @@ def test_training_photographs_that_are_not_there(stage, tmp_path, capsys, damage
     assert words in capsys.readouterr().out
 
 
-def test_a_full_disk_while_it_writes(stage, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("method", ["align", "finetune"])
+def test_a_full_disk_while_it_writes(stage, tmp_path, monkeypatch, capsys, method):
     monkeypatch.setattr(adapt, "write_csv", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert attempt(stage, tmp_path / "here", {"method": "align"})[1] == (stage / "plain.csv").read_bytes()
+    assert attempt(stage, tmp_path / "here", {"method": method})[1] == (stage / "plain.csv").read_bytes()
     assert "OSError: [Errno 28] No space left" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["pseudo", "align", "report"])
+@pytest.mark.parametrize("method", ["pseudo", "align", pytest.param("finetune", marks=pytest.mark.slow), "report"])
 def test_all_goes_well(stage, tmp_path, capsys, method):
     "One training photograph is cut off in the middle."
     data = copy_of(stage / "data", tmp_path / "data")
@@ -172,6 +174,9 @@ def test_all_goes_well(stage, tmp_path, capsys, method):
     plain, folder = (stage / "plain.csv").read_bytes(), tmp_path / "here"
     facts, nearest = read_json(folder / "adapt" / "shift.json"), pd.read_csv(folder / "adapt" / "shift.csv")
     assert 0 <= facts["auc"] <= 1 and len(nearest) == 6 and set(nearest["image_id"]) == set(read_test(data)["image_id"])
+    states = pd.read_csv(folder / "adapt" / "state.csv")
+    assert set(states["state"]) <= set(read_train(data)["State"]) and 0 <= facts["state"]["right"] <= 1
+    assert states["probability"].between(0.25, 1).all() and states["image_id"].tolist() == nearest["image_id"].tolist()
     if method == "report":
         assert (replaced, submission) == (False, plain) and "stands" not in capsys.readouterr().out
         return
@@ -185,6 +190,49 @@ def test_all_goes_well(stage, tmp_path, capsys, method):
     np.testing.assert_allclose(mixed, 0.5 * before + 0.5 * student[mixed.index], atol=1e-3)
     again = attempt(stage, tmp_path / "again", {"method": method, "share": 0.5}, data)
     assert again == (True, submission)  # deterministic
+
+
+@pytest.mark.parametrize("looks", [0, 8, 9, 60, 92])
+def test_a_clock_that_stops_finetuning(stage, tmp_path, looks):
+    "Nine batches of features; then 8 x 9 + 4 x 6 a network. The clock jumps after so many looks."
+    write_json(
+        read_json(stage / "weights" / "manifest.json") | {"adapt": {"method": "finetune"}}, tmp_path / "manifest.json"
+    )
+    for path in (stage / "weights").glob("*.safetensors"):
+        os.link(path, tmp_path / path.name)
+    seen, stopped = iter(range(10**6)), "features of two_stream|features of dense|the students"
+    with pytest.raises(TimeoutError, match=stopped):
+        adapt._run_adaptation(
+            stage / "data", tmp_path, stage / "plain.csv", tmp_path, 60, lambda: 61.0 * (next(seen) > looks)
+        )
+    assert not (tmp_path / "student.csv").exists() and (tmp_path / "shift.json").exists() == (looks > 8)
+
+
+def test_finetuning_learns_from_both_sets(stage, monkeypatch):
+    "Test photographs of another season and palette: errors fall, and what is said about them moves their predictions."
+    monkeypatch.setattr(adapt, "_TUNE_RATE", 0.01)
+    table, test = read_train(stage / "data"), read_test(stage / "data").drop_duplicates("image_id")
+    train, shifted = ([stage / "data" / name for name in each["image_path"]] for each in (table, test))
+    measured_N5 = torch.tensor(table[list(TARGETS)].to_numpy()).float()
+    (entry,) = (each for each in read_json(stage / "weights/manifest.json")["models"] if "two" in each["file"])
+    member = adapt.Member("two_stream", lambda: adapt.load_member(stage / "weights", entry), (64, "none"))
+
+    def tuned(factor: float) -> np.ndarray:
+        "Learn the measured masses, and for the shifted photographs a multiple of their mean."
+        predicted_M5 = factor * measured_N5.mean(dim=0).expand(len(shifted), 5)
+        paths, both_K5 = [*train, *shifted], torch.cat([measured_N5, predicted_M5])
+        lessons = [
+            adapt._Lesson(paths, both_K5, torch.ones(len(paths)), ("identity", "horizontal")),
+            adapt._Lesson(train, measured_N5, torch.ones(len(train)), ("identity", "horizontal")),
+        ]
+        return adapt._tuned_masses(member, torch.device("cpu"), lessons, paths)
+
+    before_N5 = adapt.predict_ensemble([member], train, ("identity", "horizontal")).mass_N5
+    after_K5, more_K5 = tuned(1.0), tuned(3.0)
+    errors = [np.abs(each - measured_N5.numpy())[:, -1].mean() for each in (before_N5, after_K5[: len(train)])]
+    assert errors[1] < 0.9 * errors[0], errors
+    assert (more_K5[len(train) :, -1] > after_K5[len(train) :, -1]).all()
+    np.testing.assert_array_equal(after_K5, tuned(1.0))
 
 
 @pytest.mark.slow

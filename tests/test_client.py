@@ -34,7 +34,7 @@ from biomass_lib.targets import TARGETS
 
 ROOT = repo_root(Path(__file__).parent)
 DATASET, KERNEL = f"{USER}/csiro-biomass-weights", f"{USER}/csiro-biomass-inference"
-TRAINING = f"{USER}/csiro-biomass-training"
+TRAINING = f"{USER}/csiro-biomass-training-tiny"
 CANARIES = (KEY, base64.b64encode(f"{USER}:{KEY}".encode()).decode(), "another-canary")
 SPEC = {"name": "two_stream", "backbone": "test_resnet", "img_size": 64, "clean": "none", "targets": "primary"}
 SPEC |= {"hidden_ratio": 0.25, "dropout": 0.3, "aux": {}}
@@ -353,7 +353,7 @@ K1 = f"{SEEDED}; csiro-biomass-inference version 1"
 V2 = "csiro-biomass-weights version 2, 5 files, ready"
 SUBMIT = "submit -v 1 -m hello"
 TRAIN = "train tiny.yaml --folds 0 1"
-T1, T2 = (f"{SEEDED}; csiro-biomass-training version {version}" for version in (1, 2))
+T1, T2 = (f"{SEEDED}; csiro-biomass-training-tiny version {version}" for version in (1, 2))
 CASES = [
     # before the network
     Case("kernel metadata wrong (internet on)", "push", 1, "enable_internet must be false", SEEDED, put_internet_on),
@@ -740,6 +740,19 @@ def test_the_training_kernel_as_it_arrives(site, ask):
     assert {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()} == kept
     assert ask("train", "tiny.yaml", "--folds", "1", "--out", "runs/other")[0] == 0
     assert Path("runs/other/fold1/done.json").is_file()
+
+
+def test_experiments_have_kernels_of_their_own(site, ask):
+    "The second is pushed without the output of the first, which stays, and is fetched again."
+    run_output(0, 1)(site)
+    assert ask(*TRAIN.split())[0] == 0
+    first = site.kernels[TRAINING][:]
+    assert ask(*TRAIN.split(), "-p", "experiment", "other_net")[0] == 1  # the output is of tiny
+    (other,) = site.kernels[f"{USER}/csiro-biomass-training-other-net"]
+    assert other["newTitle"] == "CSIRO Biomass Training other-net" and other.get("kernelDataSources", []) == []
+    assert site.kernels[TRAINING] == first
+    assert ask(*TRAIN.split())[0] == 0
+    assert site.kernels[TRAINING][1]["kernelDataSources"] == [TRAINING]
 
 
 def test_dropped_and_never_listed_is_not_called_nothing(site, ask):

@@ -27,7 +27,7 @@ from biomass_lib.runs import make_report
 from biomass_lib.submit import find_inputs
 from biomass_lib.weights import weights_main
 
-TRAINING = f"{USER}/csiro-biomass-training"
+TRAINING = f"{USER}/csiro-biomass-training-tiny"
 EPOCHS = 40  # of stage 2, so that the second fold is under way for a while
 
 

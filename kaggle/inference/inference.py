@@ -132,10 +132,11 @@ submission.head(10)
 # ## Adaptation, if the manifest asks for it
 #
 # The submission above is complete. If the manifest has the key `adapt`, a process of its own now looks at training and
-# test photographs together: it reports how unlike they are, and may train small heads that have seen the test
-# photographs with the predictions above as their masses. It gets the minutes that the manifest grants and that are
-# left of the hours. If it fails in any way, is killed or late, or its predictions look absurd, the submission stays as
-# it is, bit for bit, and a line says why. If all goes well, the plain one is kept as `submission_plain.csv`.
+# test photographs together: it reports how unlike they are, predicts States, and may train small heads, or the models
+# themselves, that have seen the test photographs with the predictions above as their masses. It gets the minutes that
+# the manifest grants and that are left of the hours. If it fails in any way, is killed or late, or its predictions look
+# absurd, the submission stays as it is, bit for bit, and a line says why. If all goes well, the plain one is kept as
+# `submission_plain.csv`.
 
 # %%
 adapted = adapt_submission(data_dir, weights_dir, "submission.csv", deadline=START + HOURS * 3600)
@@ -144,9 +145,9 @@ submission = submission if adapted is None else adapted
 # %% [markdown]
 # ## Post-processing, if the manifest asks for it
 #
-# The manifest may name switches (`post`), such as less clover. They move masses by fixed rules of public solutions, and
-# what stood here before is kept as `submission_unprocessed.csv`. If a switch fails, the submission stays as it is, bit
-# for bit, and a line says why.
+# The manifest may name switches (`post`), such as less clover. They move masses by fixed rules of public solutions (one
+# of them where the State is sure), and what stood here before is kept as `submission_unprocessed.csv`. If a switch
+# fails, the submission stays as it is, bit for bit, and a line says why.
 
 # %%
 processed = post_submission(manifest.get("post"))
