@@ -98,9 +98,11 @@ def paddock_cells(
 _STYLE = """<style>
 .photo td { padding: 6px 9px; } .photo img { max-width: 20rem; min-width: 9rem; margin-bottom: 4px; }
 .flag { color: #A03C00; } .photo td + td { white-space: nowrap; } .photo td, li { overflow-wrap: anywhere; }
+.photo td:first-child { width: 20rem; max-width: 20rem; }
 @media screen and (max-width: 46rem) { td { white-space: normal; } th, td { padding: 2px 5px; }
   .photo tr { display: block; border-bottom: 1px solid #ddd; padding-bottom: 8px; }
-  .photo tbody, .photo td { display: block; border: 0; padding: 3px 0; } .photo img { max-width: 100%; } }
+  .photo tbody, .photo td { display: block; border: 0; padding: 3px 0; }
+  .photo td:first-child { width: auto; max-width: none; } .photo img { max-width: 100%; } }
 </style>"""
 
 
