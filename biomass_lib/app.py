@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app_main']
 
-# %% ../notebooks/83_app.ipynb #2dc572de
+# %% ../notebooks/83_app.ipynb #0a3d41e6
 import argparse
 import base64
 import errno
@@ -53,7 +53,7 @@ from .report import PAGE_STYLE
 from .targets import TARGETS
 from .text import one_line
 
-# %% ../notebooks/83_app.ipynb #9ba4a040
+# %% ../notebooks/83_app.ipynb #e13cc27e
 _HEAD_BYTES = 1 << 20  # of the line with names and sizes
 _PIECE = 1 << 20  # bytes that are written at a time
 _FULL = "the disk of the computer is full: make room, or set TMPDIR to another disk"
@@ -85,7 +85,7 @@ class _Upload:
     size: int  # bytes
     path: Path  # empty where it was too large
 
-# %% ../notebooks/83_app.ipynb #21a94fb6
+# %% ../notebooks/83_app.ipynb #b0ed59a4
 def _read_head(
     stream: BinaryIO,
     length: int,  # bytes of the request
@@ -106,7 +106,7 @@ def _read_head(
     names = [name.encode("utf-8", "replace").decode()[:255] or "photograph" for name, _ in files]
     return shape, list(zip(names, (size for _, size in files), strict=True))
 
-# %% ../notebooks/83_app.ipynb #2bcc8b3c
+# %% ../notebooks/83_app.ipynb #dd91c595
 def _receive(
     stream: BinaryIO,
     files: list[tuple[str, int]],  # names and sizes
@@ -132,7 +132,7 @@ def _receive(
             raise _Refused(507, _FULL) from error
     return uploads
 
-# %% ../notebooks/83_app.ipynb #27c51c65
+# %% ../notebooks/83_app.ipynb #da06306b
 @dataclass
 class _Model:
     "The ensemble, in memory."
@@ -160,7 +160,7 @@ def _load_once(weights: str, device: torch.device, **options: Any) -> _Model:
             density_map(maps, path)
     return model
 
-# %% ../notebooks/83_app.ipynb #de256cf1
+# %% ../notebooks/83_app.ipynb #b20c7bf1
 def _photo_facts(row: Any, upload: _Upload, cut: Path, maps: Dense | None) -> dict[str, Any]:  # for JSON
     "Put into words what the page shows of a photograph."
     facts = {"name": one_line(upload.name, 80), "problem": one_line(row["problem"]), "flags": one_line(row["flags"])}
@@ -178,7 +178,7 @@ def _photo_facts(row: Any, upload: _Upload, cut: Path, maps: Dense | None) -> di
     unlike = float(row["unlike"])
     return facts | {"grams": float(row["Dry_Total_g"]), "unlike": unlike if math.isfinite(unlike) else None}
 
-# %% ../notebooks/83_app.ipynb #350d1078
+# %% ../notebooks/83_app.ipynb #ef50a362
 _BOX = ("ask for shape crop", "tick the box for photographs of another shape")  # what the page has for an option
 
 
@@ -205,7 +205,7 @@ def _predict_uploads(
         photos.append(facts | {"csv": result.iloc[[row]].to_csv(index=False, header=False, lineterminator="\n")})
     return {"photos": photos, "head": result.iloc[:0].to_csv(index=False, lineterminator="\n")}
 
-# %% ../notebooks/83_app.ipynb #618cda13
+# %% ../notebooks/83_app.ipynb #86618ac3
 class _Gone(Exception):
     "Nobody waits for these photographs any more."
 
@@ -227,7 +227,7 @@ class _Job:
             raise _Gone
         self.told.put({"done": count})
 
-# %% ../notebooks/83_app.ipynb #e2c800c5
+# %% ../notebooks/83_app.ipynb #c74004c1
 def _work(
     jobs: queue.SimpleQueue,  # of _Job; None: the end
     model: _Model,
@@ -253,7 +253,7 @@ def _work(
         finally:
             job.over.set()
 
-# %% ../notebooks/83_app.ipynb #8aa8b604
+# %% ../notebooks/83_app.ipynb #4c9046b6
 def _is_loopback(host: str) -> bool:
     "Tell whether a numeric address, or localhost, stays on this computer. Any other name doesn't."
     with suppress(ValueError):
@@ -278,7 +278,7 @@ def _knows_host(
     host = found[1].lower()
     return _is_loopback(host) or (not _is_loopback(bound) and (_is_number(host) or host == bound.lower()))
 
-# %% ../notebooks/83_app.ipynb #8fef579e
+# %% ../notebooks/83_app.ipynb #bcd82b44
 _STYLE = (
     PAGE_STYLE
     + """
@@ -290,7 +290,7 @@ label { display: block; margin: .5rem 0; } label.line, button { margin-right: 1r
 :focus-visible { outline: 3px solid #0072B2; outline-offset: 2px; }
 ::file-selector-button, button { font: inherit; padding: .45rem .9rem; border: 1px solid #0072B2; border-radius: 6px;
   background: #0072B2; color: #fff; cursor: pointer; margin-right: .8rem; }
-progress { width: 100%; } #status { min-height: 1.5em; margin: .5rem 0; }
+#files { color: transparent; } progress { width: 100%; } #status { min-height: 1.5em; margin: .5rem 0; }
 #cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem; }
 article { border: 1px solid #ccc; border-radius: 8px; overflow: hidden; min-width: 0; }
 article div { padding: .5rem .9rem .8rem; } article h3 { font-size: .9rem; margin: 0; overflow-wrap: anywhere; }
@@ -309,7 +309,7 @@ figure img.map { opacity: .5; } .bare img.map { display: none; }
 """
 )
 
-# %% ../notebooks/83_app.ipynb #26653332
+# %% ../notebooks/83_app.ipynb #734fbab9
 _BODY = """<body data-facts="{facts}">
 <h1>Pasture biomass</h1>
 <p>Photograph a quadrat of 0.7 m x 0.3 m straight from above, the long side across, so that it fills the picture
@@ -339,7 +339,7 @@ for the least, yellow for the most</label>
 <script>{script}</script>
 </body>"""
 
-# %% ../notebooks/83_app.ipynb #81ced585
+# %% ../notebooks/83_app.ipynb #125c58bb
 _SEND = """
 "use strict";
 const facts = JSON.parse(document.body.dataset.facts), at = (id) => document.getElementById(id);
@@ -394,7 +394,7 @@ function post(part) {
 }
 """
 
-# %% ../notebooks/83_app.ipynb #54fac2df
+# %% ../notebooks/83_app.ipynb #b03a5be6
 _TAKE = """
 async function readable(each) {
   try {
@@ -438,7 +438,7 @@ for (const name of ["dragover", "dragleave", "drop"]) document.addEventListener(
 });
 """
 
-# %% ../notebooks/83_app.ipynb #0902ce05
+# %% ../notebooks/83_app.ipynb #3ffc3a85
 _SHOW = """
 function make(tag, text, values, ...children) {
   const element = Object.assign(document.createElement(tag), { textContent: text || "" }, values);
@@ -476,7 +476,7 @@ function add(each) {
 }
 """
 
-# %% ../notebooks/83_app.ipynb #b91b0791
+# %% ../notebooks/83_app.ipynb #b8c93ce6
 _KEEP = """
 async function means() {
   const named = photos.filter((each) => each.paddock);
@@ -517,7 +517,7 @@ at("clear").onclick = () => {
 at("maps").onchange = (event) => at("cards").classList.toggle("bare", !event.target.checked);
 """
 
-# %% ../notebooks/83_app.ipynb #ddf1900a
+# %% ../notebooks/83_app.ipynb #b923a550
 _SCRIPT = _SEND + _TAKE + _SHOW + _KEEP
 
 
@@ -540,7 +540,7 @@ def _page(
     policy = f"default-src 'none'; script-src {script}; style-src {style}; img-src blob: data:; connect-src 'self'"
     return html.encode(), f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-# %% ../notebooks/83_app.ipynb #9eeba814
+# %% ../notebooks/83_app.ipynb #900af11a
 def _check_request(
     headers: Message,
     method: str,  # GET or POST
@@ -584,7 +584,7 @@ def _paddock_means(
         raise _Refused(400, f"no means: {one_line(error, 200)}") from error
     return {"heads": PADDOCK_HEADS, "rows": [paddock_cells(row) for row in means.to_dict("records")]}
 
-# %% ../notebooks/83_app.ipynb #4fef9307
+# %% ../notebooks/83_app.ipynb #d77c736c
 _HEADERS = {  # of every answer
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -594,7 +594,7 @@ _HEADERS = {  # of every answer
     "Connection": "close",
 }
 
-# %% ../notebooks/83_app.ipynb #a83cc65b
+# %% ../notebooks/83_app.ipynb #907bed09
 class _Guard(BaseHTTPRequestHandler):
     "Lets the right requests through, and refuses the others in a line."
 
@@ -632,7 +632,7 @@ class _Guard(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-# %% ../notebooks/83_app.ipynb #51632b1a
+# %% ../notebooks/83_app.ipynb #47ae239e
 _AT_ONCE = 8  # requests with photographs that are under way
 _SPARE = 200 * 10**6  # bytes of the disk that stay free
 
@@ -658,7 +658,7 @@ def _messages(job: _Job) -> Iterator[dict[str, Any]]:
             message = {}
         yield message
 
-# %% ../notebooks/83_app.ipynb #874ee8dc
+# %% ../notebooks/83_app.ipynb #6ddc4f69
 class _Handler(_Guard):
     "Answers with the page, masses, or means of paddocks."
 
@@ -700,7 +700,7 @@ class _Handler(_Guard):
             job.gone.set()
             job.over.wait()
 
-# %% ../notebooks/83_app.ipynb #8f3c92e3
+# %% ../notebooks/83_app.ipynb #2e5f6c08
 class _Server(ThreadingHTTPServer):
     "Listens at once, and answers when `begin` has been called."
 
@@ -730,7 +730,7 @@ class _Server(ThreadingHTTPServer):
         if os.environ.get("BIOMASS_TRACEBACK"):
             traceback.print_exc()
 
-# %% ../notebooks/83_app.ipynb #8de77a75
+# %% ../notebooks/83_app.ipynb #6b14537f
 def _open_server(host: str, port: int) -> _Server:
     "Listen. Raises ValueError that names the remedy."
     if not 0 <= port <= 65535:
@@ -765,7 +765,7 @@ def _addresses(server: _Server) -> list[str]:
     path = f"{server.token}/" if server.token else ""
     return [f"http://{f'[{each}]' if ':' in each else each}:{port}/{path}" for each in hosts]
 
-# %% ../notebooks/83_app.ipynb #af51bca4
+# %% ../notebooks/83_app.ipynb #e387fe41
 @contextmanager
 def _upload_folder() -> Iterator[Path]:
     "Make a folder for uploads and remove it, and those of apps of this computer that were killed."
@@ -781,7 +781,7 @@ def _upload_folder() -> Iterator[Path]:
         for _ in range(3):  # a photograph may be arriving
             shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../notebooks/83_app.ipynb #0a6bec9b
+# %% ../notebooks/83_app.ipynb #69b0aa3a
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("biomass_app", description="Predict masses on a page of your own computer.")
     weights = "folder of biomass_weights, runs/NAME, or one .safetensors file"

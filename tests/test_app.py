@@ -23,6 +23,7 @@ import pytest
 from chromium import BROWSERS, Browser
 from patience import PATIENCE, wait_until
 
+from biomass_lib.app import app_main
 from biomass_lib.config import Config, smoke_config
 from biomass_lib.demo import render_dataset
 from biomass_lib.paddocks import paddock_table
@@ -316,16 +317,20 @@ def test_a_phone_needs_the_token(home: Path):
     assert app.stop(signal.SIGTERM) == 143
 
 
-def test_mistakes_are_a_line(home: Path, app: App):
-    weights, started = str(home / "weights"), []
-    for options, words in (
-        ([weights, "--port", str(app.port)], f"port {app.port} is in use"),
-        ([weights, "--port", "0", "--host", "203.0.113.9"], "--host 203.0.113.9 is no address of this computer"),
-        ([str(home / "data"), "--port", "0"], "holds no weights"),
-        ([weights, "--port", "0", "--views", "sideways"], "view 'sideways' is unknown"),
-    ):
-        pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append((words, subprocess.Popen([sys.executable, "-c", CALL, *options], **pipes)))
-    for words, process in started:
-        _, told = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 1 and words in told and len(told.splitlines()) == 1, told
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["weights", "--port", "PORT"], "port PORT is in use, perhaps by another biomass_app: choose one with --port"),
+        (["weights", "--host", "203.0.113.9"], "--host 203.0.113.9 is no address of this computer"),
+        (["weights", "--port", "70000"], "--port 70000 must be from 0 to 65535"),
+        (["data", "--port", "0"], "holds no weights"),
+        (["weights", "--port", "0", "--views", "sideways"], "view 'sideways' is unknown"),
+        (["weights", "--max-files", "0"], "--max-files 0 must be at least 1"),
+    ],
+)
+def test_a_mistake_is_a_line(home: Path, app: App, options: list[str], words: str):
+    folder, *others = [word.replace("PORT", str(app.port)) for word in options]
+    with pytest.raises(SystemExit) as stopped:
+        app_main([str(home / folder), *others])
+    told = str(stopped.value)
+    assert words.replace("PORT", str(app.port)) in told and told.startswith("biomass_app: ") and "\n" not in told
