@@ -228,13 +228,20 @@ class _Job:
         self.told.put({"done": count})
 
 # %% ../notebooks/83_app.ipynb #c74004c1
+def _next_job(jobs: queue.SimpleQueue) -> _Job | None:
+    "Wait for a job. A wait without an end would sleep over a Ctrl-C that comes just before it."
+    while True:
+        with suppress(queue.Empty):
+            return jobs.get(timeout=0.5)
+
+
 def _work(
     jobs: queue.SimpleQueue,  # of _Job; None: the end
     model: _Model,
     limits: _Limits,
 ) -> None:
     "Predict one job after another. A fault of one is told to its owner, and the others go on."
-    while (job := jobs.get()) is not None:
+    while (job := _next_job(jobs)) is not None:
         began, count = time.monotonic(), len(job.uploads)
         try:
             job.done(0)

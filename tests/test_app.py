@@ -39,7 +39,7 @@ CALL = "from biomass_lib.app import app_main; app_main()"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "Weights that predict densities, and photographs: two good ones, a text, a portrait, and one that is too large."
+    "Weights that predict densities, and photographs: two good ones, a text, a portrait, and two that are too large."
     home = tmp_path_factory.mktemp("home")
     render_dataset(home / "data", n_train=18, n_test=2, seed=0, workers=1)
     config = smoke_config(Config(cache_dir=str(home / "cache"), model="dense"), home / "data")[0]
@@ -54,6 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (photos / "<script>alert(1)<!--.jpg").write_text("This is no photograph.")
     turned_HW3 = np.ascontiguousarray(np.rot90(cv2.imread(str(photos / "a.jpg"))))
     cv2.imwrite(str(photos / "portrait.jpg"), turned_HW3)
+    (photos / "wide.png").write_bytes(cv2.imencode(".png", np.zeros((8000, 16000), np.uint8))[1].tobytes())
     (photos / "large.jpg").write_bytes((photos / "a.jpg").read_bytes() + bytes(2_000_000))
     return home
 
@@ -141,7 +142,7 @@ def when_done(browser: Browser, words: str) -> None:
 @needs_chromium
 def test_photographs_in_masses_and_csv_out(app: App, home: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch):
     photos, download = home / "photos", home / "download"
-    names = ["a.jpg", "<script>alert(1)<!--.jpg", "large.jpg", "b.jpg"]
+    names = ["a.jpg", "<script>alert(1)<!--.jpg", "large.jpg", "b.jpg", "wide.png"]
     monkeypatch.chdir(photos)
     expected = predict_photos(home / "weights", [name for name in names if name != "large.jpg"])
     browser.size(1200, 900)
@@ -149,7 +150,7 @@ def test_photographs_in_masses_and_csv_out(app: App, home: Path, browser: Browse
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(download))
     browser.js("document.getElementById('paddock').value = 'River \"flat\", <b>'")
     browser.choose("#files", [photos / name for name in names])
-    when_done(browser, "2 photographs predicted, 2 not.")
+    when_done(browser, "2 photographs predicted, 3 not.")
     good = expected[expected["problem"] == ""].reset_index(drop=True)
     for (name, total, *masses), row in zip(card_texts(browser), good.to_dict("records"), strict=True):
         assert name == row["path"] and total.startswith(f"{row['total_kg_ha']:.0f} (")
@@ -157,12 +158,13 @@ def test_photographs_in_masses_and_csv_out(app: App, home: Path, browser: Browse
     broken = browser.js("[...document.querySelectorAll('#broken li')].map((each) => each.textContent)")
     assert "<script>alert(1)<!--.jpg cannot be decoded: it is neither a JPEG nor a PNG" in broken[0]
     assert "large.jpg is too large" in broken[1] and "at most 2 MB" in broken[1] and "--max-mb" in broken[1]
+    assert "wide.png is too large, 16000 x 8000 pixels: at most 50 megapixels are read" in broken[2]
 
     field = open_weights(home / "weights")[1]["field"]
     [mean] = paddock_table(good, field, ["River"] * 2).to_dict("records")
     browser.until("document.querySelectorAll('#means tbody td').length === 5")
     shown = browser.js("[...document.querySelectorAll('#means tbody td')].map((each) => each.textContent)")
-    assert shown[0] == 'River "flat", <b>' and shown[1] == "2, 2 without a prediction"
+    assert shown[0] == 'River "flat", <b>' and shown[1] == "2, 3 without a prediction"
     assert shown[2:] == paddock_cells(mean)[2:]
     pictures = "[...document.querySelectorAll('article img')].every((each) => each.complete && each.naturalWidth > 99)"
     browser.until(pictures)
@@ -172,7 +174,7 @@ def test_photographs_in_masses_and_csv_out(app: App, home: Path, browser: Browse
     csv = download / "predictions.csv"
     wait_until(csv.is_file, "the CSV")
     table = pd.read_csv(csv)
-    assert table["paddock"].tolist() == ['River "flat", <b>'] * 4
+    assert table["paddock"].tolist() == ['River "flat", <b>'] * 5
     columns = [*TARGETS, "total_kg_ha", "unlike"]
     left = table[table["path"] != "large.jpg"].reset_index(drop=True)
     pd.testing.assert_frame_equal(left[columns], expected[columns], check_exact=True)
@@ -229,6 +231,18 @@ def test_page_on_a_phone_and_with_keys(app: App, home: Path, browser: Browser):
     assert browser.js(named)
     browser.js("document.getElementById('clear').click()")
     assert browser.js("document.querySelectorAll('article, li').length") == 0 and browser.complaints() == []
+
+
+@needs_chromium
+def test_page_of_the_command_fits_a_phone(home: Path, browser: Browser):
+    long = home / ("another_name_without_a_space_" * 5 + ".jpg")
+    long.write_bytes((home / "photos/a.jpg").read_bytes())
+    names = [str(home / "photos"), str(long)]
+    predict_main([str(home / "weights"), *names, "--paddocks", "folders", "--html", str(home / "page.html")])
+    browser.size(390, 844)
+    browser.open((home / "page.html").as_uri())
+    ends = "[...document.querySelectorAll('td, th, img, li, h2')].map((each) => each.getBoundingClientRect().right)"
+    assert 300 < max(browser.js(ends)) <= 390 and browser.complaints() == []
 
 
 def test_strangers_are_refused(app: App, home: Path):
