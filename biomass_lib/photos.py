@@ -9,6 +9,7 @@ __all__ = ['SHAPES', 'find_photos', 'open_weights', 'predict_photos']
 import json
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -76,7 +77,10 @@ def _photo_size(path: Path) -> tuple[int, int]:  # width, height, as it is shown
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif"):
         raise ValueError(f"photograph {path} {_HEIC}")
     try:
-        with Image.open(path) as image:
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path) as image,
+        ):
             turned = image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

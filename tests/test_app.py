@@ -54,7 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (photos / "<script>alert(1)<!--.jpg").write_text("This is no photograph.")
     turned_HW3 = np.ascontiguousarray(np.rot90(cv2.imread(str(photos / "a.jpg"))))
     cv2.imwrite(str(photos / "portrait.jpg"), turned_HW3)
-    (photos / "wide.png").write_bytes(cv2.imencode(".png", np.zeros((8000, 16000), np.uint8))[1].tobytes())
+    (photos / "wide.png").write_bytes(cv2.imencode(".png", np.zeros((6000, 12000), np.uint8))[1].tobytes())
     (photos / "large.jpg").write_bytes((photos / "a.jpg").read_bytes() + bytes(2_000_000))
     return home
 
@@ -158,7 +158,7 @@ def test_photographs_in_masses_and_csv_out(app: App, home: Path, browser: Browse
     broken = browser.js("[...document.querySelectorAll('#broken li')].map((each) => each.textContent)")
     assert "<script>alert(1)<!--.jpg cannot be decoded: it is neither a JPEG nor a PNG" in broken[0]
     assert "large.jpg is too large" in broken[1] and "at most 2 MB" in broken[1] and "--max-mb" in broken[1]
-    assert "wide.png is too large, 16000 x 8000 pixels: at most 50 megapixels are read" in broken[2]
+    assert "wide.png is too large, 12000 x 6000 pixels: at most 50 megapixels are read" in broken[2]
 
     field = open_weights(home / "weights")[1]["field"]
     [mean] = paddock_table(good, field, ["River"] * 2).to_dict("records")
