@@ -39,7 +39,7 @@ def paddock_names(
 def paddock_table(
     result: pd.DataFrame,  # of `predict_photos`
     field: dict[str, Any] | None,  # of `open_weights`, with the errors of the run
-    table: str | Path = "",  # as for `paddock_names`
+    table: str | Path | list[str] = "",  # as for `paddock_names`, or the names themselves, one a photograph
     level: float = 0.9,  # share of the paddocks whose mean shall lie inside
     wanted: float = 200.0,  # kg DM/ha to both sides
 ) -> pd.DataFrame:  # a row a paddock: photographs, mean, low, high, shared, more; without a prediction; unlike
@@ -47,7 +47,8 @@ def paddock_table(
     if not field:
         raise ValueError("these weights don't know their errors: use an assembled folder or a run, not a single file")
     rows = []
-    named = result.assign(paddock=paddock_names(result["path"].tolist(), table))
+    names = table if isinstance(table, list) else paddock_names(result["path"].tolist(), table)
+    named = result.assign(paddock=names)
     for paddock, part in named[named["paddock"] != ""].groupby("paddock"):
         unlike_N = (part["unlike"] > 1).to_numpy() if "unlike" in part else np.zeros(len(part), dtype=bool)
         good = part["Dry_Total_g"][~unlike_N].dropna().to_numpy()

@@ -9,7 +9,8 @@ __all__ = ['SHAPES', 'find_photos', 'open_weights', 'predict_photos']
 import json
 import tempfile
 import threading
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -26,7 +28,7 @@ from .device import pick_devices
 from .evaluate import finished_cells, read_oof
 from .field import error_facts, look_distance, look_features
 from .files import write_file
-from .images import FLAT_SHARE, check_photo_file, grey_bottom
+from .images import FLAT_SHARE, MAX_PIXELS, check_photo_file, grey_bottom
 from .intervals import half_widths
 from .models import load_model
 from .predict import DEFAULT_VIEWS, Member, Predicted, input_of, predict_ensemble
@@ -75,7 +77,10 @@ def _photo_size(path: Path) -> tuple[int, int]:  # width, height, as it is shown
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif"):
         raise ValueError(f"photograph {path} {_HEIC}")
     try:
-        with Image.open(path) as image:
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path) as image,
+        ):
             turned = image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -106,6 +111,9 @@ def _prepare_photo(
     "Look at the shape of a photograph, and cut it if asked to. Raises ValueError or OSError that names it."
     width, height = _photo_size(path) if path.is_file() else (0, 0)
     flags = [f"small, {width} x {height} pixels"] if 0 < min(width, height) < 500 else []
+    if width * height > MAX_PIXELS:  # of any format: a small file can hold a huge picture
+        most = f"at most {MAX_PIXELS // 10**6} megapixels are read; make it smaller first"
+        raise ValueError(f"photograph {path} is too large, {width} x {height} pixels: {most}")
     if not width or abs(width / (2 * height) - 1) <= 0.05:
         return path, flags
     if shape == "refuse":
@@ -148,11 +156,14 @@ def open_weights(
 
 # %% ../notebooks/80_photos.ipynb #913478e3
 class _Watch:
-    "Move a progress bar, and keep how unlike training each photograph is."
+    "Report progress, and keep how unlike training each photograph is."
 
-    def __init__(self, members: list[Member], look: dict[str, Any] | None, bar: tqdm, device: Any, count: int):
-        self.look, self.bar, self.device, self.lock = look, bar, device, threading.Lock()
-        self.model = members[0].load().to(device) if look else None
+    def __init__(
+        self, members: list[Member], look: dict[str, Any] | None, done: Callable[[int], Any], device: Any, count: int
+    ):
+        self.look, self.done, self.device, self.lock = look, done, device, threading.Lock()
+        # the layout in which the ensemble predicts: a model that is shared with it gives the same digits
+        self.model = members[0].load().to(device, memory_format=torch.channels_last) if look else None
         self.input, self.distance_N = members[0].input, np.full(count, np.nan)
 
     def __call__(self, batch: Any) -> None:
@@ -160,7 +171,7 @@ class _Watch:
             if self.look and batch.rows:
                 features_BD = look_features(self.model, batch.halves[self.input].to(self.device))
                 self.distance_N[batch.rows] = look_distance(self.look, features_BD)
-            self.bar.update(len(batch.rows) + len(batch.broken))
+            self.done(len(batch.rows) + len(batch.broken))
 
 # %% ../notebooks/80_photos.ipynb #7997eba1
 def _result_table(
@@ -188,33 +199,36 @@ def _projected(predicted: Predicted, projection: dict[str, Any] | None) -> np.nd
 
 # %% ../notebooks/80_photos.ipynb #02ccf611
 def predict_photos(
-    weights: str | Path,  # an assembled folder, a run folder, or one .safetensors with the JSON beside it
+    weights: str | Path | tuple[list[Member], dict[str, Any]],  # as for `open_weights`, or what it returned
     photos: str | Path | Iterable[str | Path],  # as for `find_photos`
     views: tuple[str, ...] | None = None,  # None: those of the weights
     shape: str = "refuse",  # or crop: what to do with photographs that are not 2 : 1
     progress: bool = False,  # show a bar
+    done: Callable[[int], Any] | None = None,  # called with the number of photographs of each batch that is done
+    scratch: str | Path | None = None,  # folder for what is cut out, ROW.png; None: a temporary one
     **options: Any,  # batch_size, devices, amp, workers: as for `predict_ensemble`
 ) -> pd.DataFrame:  # path, grams, kg DM/ha, intervals, unlike, flags, problem; a row a photograph
     "Predict any photographs. Raises ValueError for an unknown shape, and as `find_photos` and `open_weights` do."
     if shape not in SHAPES:
         raise ValueError(f"parameter shape = {shape!r} must be one of {', '.join(SHAPES)}")
-    paths, (members, facts) = find_photos(photos), open_weights(weights)
+    paths, (members, facts) = find_photos(photos), weights if isinstance(weights, tuple) else open_weights(weights)
     field, ready, flags, problems = facts.get("field"), {}, {}, {}
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        cut = Path(scratch or stack.enter_context(tempfile.TemporaryDirectory()))
         for row, path in enumerate(paths):
             try:
-                ready[row], flags[row] = _prepare_photo(path, shape, scratch / f"{row}.png")
+                ready[row], flags[row] = _prepare_photo(path, shape, cut / f"{row}.png")
             except (OSError, ValueError) as error:
                 problems[row] = str(error)
         bar = stack.enter_context(tqdm(total=len(ready), unit="photo", disable=not progress))
         device = (options.get("devices") or pick_devices())[0]
-        watch = _Watch(members, (field or {}).get("look"), bar, device, len(ready))
+        watch = _Watch(members, (field or {}).get("look"), done or bar.update, device, len(ready))
         options |= {"views": tuple(facts["views"]) if views is None else views, "max_broken": len(ready)}
         predicted = predict_ensemble(members, list(ready.values()), watch=watch, **options)
     rows, mass_N5, distance_N = list(ready), np.full((len(paths), len(TARGETS)), np.nan), np.full(len(paths), np.nan)
     mass_N5[rows], distance_N[rows] = _projected(predicted, facts["projection"]), watch.distance_N
-    problems |= {rows[at]: why for at, why in predicted.broken.items()}
+    for at, why in predicted.broken.items():  # a photograph is called by its own name, cut or not
+        problems[rows[at]] = why.replace(str(ready[rows[at]]), str(paths[rows[at]]))
     for row in np.flatnonzero(distance_N > 1):
         flags[row].append(f"unlike the training photographs ({distance_N[row]:.1f} times the limit)")
     table = _result_table(mass_N5, field).assign(unlike=distance_N)
