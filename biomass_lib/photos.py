@@ -6,6 +6,7 @@
 __all__ = ['SHAPES', 'find_photos', 'open_weights', 'predict_photos']
 
 # %% ../notebooks/80_photos.ipynb #0582d7ab
+import dataclasses
 import json
 import tempfile
 import threading
@@ -150,10 +151,12 @@ def open_weights(
 class _Watch:
     "Move a progress bar, and keep how unlike training each photograph is."
 
-    def __init__(self, members: list[Member], look: dict[str, Any] | None, bar: tqdm, device: Any, count: int):
-        self.look, self.bar, self.device, self.lock = look, bar, device, threading.Lock()
-        self.model = members[0].load().to(device) if look else None
-        self.input, self.distance_N = members[0].input, np.full(count, np.nan)
+    def __init__(self, members: list[Member], look: dict[str, Any] | None, bar: tqdm, devices: list[Any], count: int):
+        self.look, self.bar, self.device, self.lock = look, bar, devices[0], threading.Lock()
+        self.model = members[0].load().to(self.device) if look else None
+        self.members, self.input, self.distance_N = members, members[0].input, np.full(count, np.nan)
+        if look and [str(each) for each in devices] == ["cpu"]:  # it moves nowhere else: the ensemble has the same one
+            self.members = [dataclasses.replace(members[0], load=lambda: self.model), *members[1:]]
 
     def __call__(self, batch: Any) -> None:
         with self.lock:
@@ -208,10 +211,10 @@ def predict_photos(
             except (OSError, ValueError) as error:
                 problems[row] = str(error)
         bar = stack.enter_context(tqdm(total=len(ready), unit="photo", disable=not progress))
-        device = (options.get("devices") or pick_devices())[0]
-        watch = _Watch(members, (field or {}).get("look"), bar, device, len(ready))
+        devices = options.get("devices") or pick_devices()
+        watch = _Watch(members, (field or {}).get("look"), bar, devices, len(ready))
         options |= {"views": tuple(facts["views"]) if views is None else views, "max_broken": len(ready)}
-        predicted = predict_ensemble(members, list(ready.values()), watch=watch, **options)
+        predicted = predict_ensemble(watch.members, list(ready.values()), watch=watch, **options)
     rows, mass_N5, distance_N = list(ready), np.full((len(paths), len(TARGETS)), np.nan), np.full(len(paths), np.nan)
     mass_N5[rows], distance_N[rows] = _projected(predicted, facts["projection"]), watch.distance_N
     problems |= {rows[at]: why for at, why in predicted.broken.items()}
