@@ -53,25 +53,28 @@ def paddock_mean(
     paddock: dict[str, float],  # of `error_facts`
     level: float = 0.9,  # share of the paddocks whose mean shall lie inside
     wanted: float = 200.0,  # kg DM/ha to both sides
+    date_N: np.ndarray | None = None,  # any labels; None: all photographs are of one visit
 ) -> dict[str, float]:  # mean, low, high, shared: kg DM/ha; more: photographs; infinite: no number is enough
-    "Estimate the mean of a paddock that was visited once. Raises ValueError without photographs."
+    "Estimate the mean of a paddock over its photographs. Raises ValueError without photographs."
     if not len(total_N):
         raise ValueError("a paddock without a photograph has no mean")
+    code_N = np.zeros(len(total_N), dtype=int) if date_N is None else pd.factorize(np.asarray(date_N))[0]
+    count_V = np.bincount(code_N)
     n, mean_g = len(total_N), float(np.mean(total_N))
     corrected_N = paddock["slope"] * np.asarray(total_N) + paddock["intercept_g"]
     estimate_g = max(float(corrected_N.mean()), 0.0)
     scale_g = max(mean_g, 0.0) + paddock["mean_g"]
-    squares = float(((corrected_N - corrected_N.mean()) ** 2).sum())
+    squares = float(((corrected_N - (np.bincount(code_N, corrected_N) / count_V)[code_N]) ** 2).sum())
     usual = _USUAL_FREEDOM * (paddock["spread_sd"] * scale_g) ** 2
-    single = (squares + usual) / (n - 1 + _USUAL_FREEDOM)  # variance of one photograph within its paddock
+    single = (squares + usual) / (n - len(count_V) + _USUAL_FREEDOM)  # variance of one photograph within its visit
     factor = float(student_t.ppf(0.5 + level / 2, max(paddock["visits"] - 1, 1)))
-    shared_g = paddock["shared_sd"] * scale_g
+    shared_g = paddock["shared_sd"] * scale_g * math.sqrt(float((count_V**2).sum())) / n  # each visit errs on its own
     reach = factor * math.sqrt(single / n + shared_g**2) * KG_HA
     room = (wanted / KG_HA / factor) ** 2 - shared_g**2
     more = max(math.ceil(single / room) - n, 0) if room > 0 else math.inf
     mean = estimate_g * KG_HA
     ends = {"low": max(mean - reach, 0.0), "high": mean + reach, "shared": factor * shared_g * KG_HA}
-    return {"photographs": n, "mean": mean, **ends, "more": more}
+    return {"photographs": n, "dates": len(count_V), "mean": mean, **ends, "more": more}
 
 # %% ../notebooks/58_field.ipynb #1cb8fa47
 _DIRECTIONS = 32

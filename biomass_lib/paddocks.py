@@ -17,6 +17,16 @@ from .field import paddock_mean
 from .tables import join_names, read_text_csv
 
 # %% ../notebooks/81_paddocks.ipynb #927c1411
+def _look_up(
+    paths: list[str | Path],
+    rows: pd.DataFrame,  # with the column photo
+    column: str,
+) -> list[str]:  # empty: not named
+    "Find what a table says of photographs, by their paths or file names."
+    named = dict(zip(rows["photo"], rows[column].fillna("").astype(str), strict=True))
+    return [named.get(str(path), named.get(Path(path).name, "")) for path in paths]
+
+
 def paddock_names(
     paths: list[str | Path],  # photographs
     table: str | Path = "",  # CSV with the columns photo and paddock; empty: the name of each photograph's folder
@@ -28,32 +38,51 @@ def paddock_names(
     doubled = rows["photo"][rows["photo"].duplicated()]
     if len(doubled):
         raise ValueError(f"{table}: photographs named more than once: {join_names(doubled.unique())}")
-    named = dict(zip(rows["photo"], rows["paddock"].fillna(""), strict=True))
-    paddocks = [str(named.get(str(path), named.get(Path(path).name, ""))) for path in paths]
+    paddocks = _look_up(paths, rows, "paddock")
     if not any(paddocks):
         example = f"column photo holds file names, such as {Path(paths[0]).name}"
         raise ValueError(f"{table} names none of the {len(paths)} photographs: {example}")
     return paddocks
 
+# %% ../notebooks/81_paddocks.ipynb #7e32f13b
+def _photo_dates(
+    paths: list[str | Path],  # photographs that the table gives a paddock
+    table: str | Path,  # as for `paddock_names`
+) -> np.ndarray:  # date_N; all alike where the table has no column date
+    "Find the day of each photograph. Raises ValueError that names photographs without a day."
+    rows = read_text_csv(table, ("photo", "paddock")) if str(table) else pd.DataFrame()
+    if "date" not in rows:
+        return np.zeros(len(paths), dtype="datetime64[D]")
+    said = pd.Series(_look_up(paths, rows, "date"), dtype=object)
+    date_N = pd.to_datetime(said, format="mixed", errors="coerce")
+    wrong = [
+        f"{Path(path).name} {text!r}" for path, text, date in zip(paths, said, date_N, strict=True) if pd.isna(date)
+    ]
+    if wrong:
+        raise ValueError(f"{table}: column date needs days such as 2026-04-30: {join_names(wrong)}")
+    return date_N.to_numpy().astype("datetime64[D]")
+
 # %% ../notebooks/81_paddocks.ipynb #d47d8f5f
 def paddock_table(
     result: pd.DataFrame,  # of `predict_photos`
     field: dict[str, Any] | None,  # of `open_weights`, with the errors of the run
-    table: str | Path | list[str] = "",  # as for `paddock_names`, or the names themselves, one a photograph
+    table: str | Path | list[str] = "",  # as for `paddock_names`, perhaps with a column date; or a list of names
     level: float = 0.9,  # share of the paddocks whose mean shall lie inside
     wanted: float = 200.0,  # kg DM/ha to both sides
-) -> pd.DataFrame:  # a row a paddock: photographs, mean, low, high, shared, more; without a prediction; unlike
+) -> pd.DataFrame:  # a row a paddock: photographs, dates, mean, low, high, shared, more; without a prediction; unlike
     "Estimate the mean of each paddock in kg DM/ha. Raises ValueError for weights that know nothing of their errors."
     if not field:
         raise ValueError("these weights don't know their errors: use an assembled folder or a run, not a single file")
     rows = []
     names = table if isinstance(table, list) else paddock_names(result["path"].tolist(), table)
-    named = result.assign(paddock=names)
-    for paddock, part in named[named["paddock"] != ""].groupby("paddock"):
+    named = result.assign(paddock=names).query("paddock != ''")
+    named = named.assign(date=_photo_dates(named["path"].tolist(), "" if isinstance(table, list) else table))
+    for paddock, part in named.groupby("paddock"):
         unlike_N = (part["unlike"] > 1).to_numpy() if "unlike" in part else np.zeros(len(part), dtype=bool)
-        good = part["Dry_Total_g"][~unlike_N].dropna().to_numpy()
-        empty = {"photographs": 0, "mean": np.nan, "low": np.nan, "high": np.nan, "shared": np.nan, "more": math.nan}
-        found = paddock_mean(good, field["errors"]["paddock"], level, wanted) if len(good) else empty
+        good = part[~unlike_N].dropna(subset="Dry_Total_g")
+        total_N, date_N = good["Dry_Total_g"].to_numpy(), good["date"].to_numpy()
+        empty = {"photographs": 0, "dates": 0} | dict.fromkeys(("mean", "low", "high", "shared", "more"), math.nan)
+        found = paddock_mean(total_N, field["errors"]["paddock"], level, wanted, date_N) if len(good) else empty
         left_out = {"without": int(part["Dry_Total_g"].isna().sum()), "unlike": int(unlike_N.sum())}
         rows.append({"paddock": paddock, **found, **left_out})
     return pd.DataFrame(rows)

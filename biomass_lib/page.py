@@ -92,7 +92,8 @@ def paddock_cells(
     mean = f"{row['mean']:.0f}" if np.isfinite(row["mean"]) else "-"
     reasons = ((row["without"], "without a prediction"), (row["unlike"], "unlike training"))
     without = "".join(f", {count} {reason}" for count, reason in reasons if count)
-    return [one_line(row["paddock"], 60), f"{row['photographs']}{without}", mean, ends, more]
+    dates = f" on {row['dates']} days" if row["dates"] > 1 else ""
+    return [one_line(row["paddock"], 60), f"{row['photographs']}{dates}{without}", mean, ends, more]
 
 # %% ../notebooks/82_page.ipynb #371d353c
 _STYLE = """<style>
@@ -194,7 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=user_path, help="CSV to write; with test.csv: the submission (submission.csv)")
     parser.add_argument("--html", type=user_path, help="page to write")
-    parser.add_argument("--paddocks", type=user_path, help="CSV with the columns photo and paddock, or: folders")
+    parser.add_argument(
+        "--paddocks", type=user_path, help="CSV with the columns photo, paddock and perhaps date, or: folders"
+    )
     parser.add_argument("--shape", choices=SHAPES, default="refuse", help="photographs that are not 2 : 1")
     parser.add_argument("--views", nargs="+", help=f"of {', '.join(VIEWS)} (default: those of the weights)")
     parser.add_argument("--batch-size", type=int, default=8, help="photographs at a time")

@@ -6,6 +6,7 @@
 __all__ = ['SHAPES', 'find_photos', 'open_weights', 'predict_photos']
 
 # %% ../notebooks/80_photos.ipynb #0582d7ab
+import dataclasses
 import json
 import tempfile
 import threading
@@ -159,12 +160,19 @@ class _Watch:
     "Report progress, and keep how unlike training each photograph is."
 
     def __init__(
-        self, members: list[Member], look: dict[str, Any] | None, done: Callable[[int], Any], device: Any, count: int
+        self,
+        members: list[Member],
+        look: dict[str, Any] | None,
+        done: Callable[[int], Any],
+        devices: list[Any],
+        count: int,
     ):
-        self.look, self.done, self.device, self.lock = look, done, device, threading.Lock()
+        self.look, self.done, self.device, self.lock = look, done, devices[0], threading.Lock()
         # the layout in which the ensemble predicts: a model that is shared with it gives the same digits
-        self.model = members[0].load().to(device, memory_format=torch.channels_last) if look else None
-        self.input, self.distance_N = members[0].input, np.full(count, np.nan)
+        self.model = members[0].load().to(self.device, memory_format=torch.channels_last) if look else None
+        self.members, self.input, self.distance_N = members, members[0].input, np.full(count, np.nan)
+        if look and [str(each) for each in devices] == ["cpu"]:  # it moves nowhere else: the ensemble has the same one
+            self.members = [dataclasses.replace(members[0], load=lambda: self.model), *members[1:]]
 
     def __call__(self, batch: Any) -> None:
         with self.lock:
@@ -221,10 +229,10 @@ def predict_photos(
             except (OSError, ValueError) as error:
                 problems[row] = str(error)
         bar = stack.enter_context(tqdm(total=len(ready), unit="photo", disable=not progress))
-        device = (options.get("devices") or pick_devices())[0]
-        watch = _Watch(members, (field or {}).get("look"), done or bar.update, device, len(ready))
+        devices = options.get("devices") or pick_devices()
+        watch = _Watch(members, (field or {}).get("look"), done or bar.update, devices, len(ready))
         options |= {"views": tuple(facts["views"]) if views is None else views, "max_broken": len(ready)}
-        predicted = predict_ensemble(members, list(ready.values()), watch=watch, **options)
+        predicted = predict_ensemble(watch.members, list(ready.values()), watch=watch, **options)
     rows, mass_N5, distance_N = list(ready), np.full((len(paths), len(TARGETS)), np.nan), np.full(len(paths), np.nan)
     mass_N5[rows], distance_N[rows] = _projected(predicted, facts["projection"]), watch.distance_N
     for at, why in predicted.broken.items():  # a photograph is called by its own name, cut or not
