@@ -112,7 +112,7 @@ slow: $(READY) ## the slow tests alone: kills, faults, sweeps
 	@echo "== run the slow tests"
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -rs -n 2 --dist loadfile $(STUCK) tests --slow -m slow
 
-# all variants of the model on the demo data, a quarter of an hour on two cores; folds that are done are not trained again
+# all variants of the model on the demo data, an hour or more on two cores; folds that are done are not trained again
 variants: $(READY) ## all variants of the model on the demo data
 	@echo "== train all variants: runs/variants"
 	@"$(BIN)/biomass_demo" --out "$(DEMO)" --n-train 96 --n-test 24 --seed 0
