@@ -76,7 +76,8 @@ def paddock_table(
     rows = []
     names = table if isinstance(table, list) else paddock_names(result["path"].tolist(), table)
     named = result.assign(paddock=names).query("paddock != ''")
-    named = named.assign(date=_photo_dates(named["path"].tolist(), "" if isinstance(table, list) else table))
+    one_visit = np.zeros(len(named), dtype="datetime64[D]")
+    named = named.assign(date=one_visit if isinstance(table, list) else _photo_dates(named["path"].tolist(), table))
     for paddock, part in named.groupby("paddock"):
         unlike_N = (part["unlike"] > 1).to_numpy() if "unlike" in part else np.zeros(len(part), dtype=bool)
         good = part[~unlike_N].dropna(subset="Dry_Total_g")
