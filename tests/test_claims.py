@@ -53,6 +53,7 @@ def folds_command(home: Path, *options: str) -> list[str]:
     return [str(BIN / "biomass_folds"), "p.yaml", "--notebook", str(home / "train_fold.ipynb"), *options]
 
 
+@pytest.mark.slow
 def test_two_drivers_train_every_fold_once(home: Path):
     drivers = [started(home, *folds_command(home)) for _ in range(2)]
     said = [driver.communicate(timeout=PATIENCE)[0] for driver in drivers]

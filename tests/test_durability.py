@@ -187,6 +187,7 @@ print(json.dumps(events))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/fd")
 def test_power_cut_at_any_moment_of_assembling_weights(home: Path):
     for fold in ("0", "1"):

@@ -35,13 +35,14 @@ def write_model(kind: str, path: Path) -> None:
     torch.manual_seed(0)
     model = create_model(kind, img_size=64, mean_g=(26, 12, 7, 33, 45), **MODELS[kind]).eval()
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if not name.startswith(("backbone", "pixel_", "feature_")) and tensor.is_floating_point():
-                tensor.normal_(std=0.1)
+        for name, parameter in model.named_parameters():
+            if not name.startswith("backbone"):
+                parameter.normal_(std=0.1)
         if kind == "frozen_ridge":
             model.most_g.fill_(1000)
             model.raw_bias.copy_(torch.tensor([60.0, 40.0, 20.0]))
-            model.raw_weight.mul_(20)
+            model.raw_weight.normal_(std=2)
+            model.log_weight.normal_(std=0.1)
     save_weights(model, path)
 
 

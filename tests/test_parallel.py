@@ -126,6 +126,7 @@ def whole(home: Path) -> Path:
     return train.launch_fold(fold_of(home, "whole"), processes=2)
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_other_and_both_go_on(home: Path, whole: Path):
     with pytest.raises(ChildFailedError, match="rank +: 1"):
         launch(killed, fold_of(home, "killed"), 11, processes=2)  # after an uneven batch, in the middle of an epoch

@@ -67,6 +67,7 @@ def begun(home: Path) -> list[list[str]]:
     return [line.split() for line in (home / "begun").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_named_and_the_others_go_on(home: Path):
     (home / "broken").write_text("0.3 1")
     status, said = sweep(home, *GRID, "--jobs", "2")
@@ -192,6 +193,7 @@ def test_killed_at_random_moments(home: Path):
 TPE = ("p.yaml", "-s", "dropout=.1:.5", "--folds", "0", "--tpe", "2")
 
 
+@pytest.mark.slow
 def test_tpe_goes_on_after_a_kill_and_without_its_journal(home: Path):
     pytest.importorskip("optuna")
     driver = started(home, *TPE, "--notebook", "stand_in.ipynb")

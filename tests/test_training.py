@@ -105,6 +105,7 @@ def sessions(tmp_path, bare_python, monkeypatch):  # noqa: F811
         yield sessions
 
 
+@pytest.mark.slow
 def test_two_sessions_and_a_submission(sessions, tmp_path, capsys):
     command = ["train", "tiny.yaml", "--folds", "0", "1", "--every", "0.05"]
     sessions.cut = True
