@@ -234,7 +234,7 @@ def test_run_without_its_data(copy: Path):
     assert status == 0, output
     pd.testing.assert_frame_equal(pd.read_csv(copy / "runs/tiny/scores.csv", index_col=0), before)
     html = (copy / "runs/tiny/report.html").read_text(encoding="utf-8")
-    assert "the photographs of the run are not here" in html
+    assert "he photographs of the run are not here" in html  # a sentence begins with a capital
     assert len(Page(html).all("img")) == FIGURES - 2
 
     for path in (copy / "runs/tiny/baselines.csv", *copy.glob("runs/tiny/fold*/oof_best.csv")):  # a run of earlier days
