@@ -97,7 +97,7 @@ def test_report_has_the_score(home: Path, run_dir: Path):
     html = (run_dir / "report.html").read_text(encoding="utf-8")
     score = f"{table.loc['model', 'score']:.3f}"
     assert score in output and f"<strong>{score}</strong>" in html
-    assert html.count("data:image/png;base64,") == 6
+    assert html.count("data:image/png;base64,") == 9
     assert "Traceback" not in html and "<script" not in html and str(ROOT) not in html
     assert not list(run_dir.glob("*.tmp"))
 
