@@ -640,7 +640,7 @@ def plan_photos(
     shift: tuple[str, ...] = (),  # of `_shift_visit`: how the test photographs differ; then none is of a training visit
 ) -> list[dict[str, Any]]:  # image_id, split, image_path and visit of each photograph
     "Assign photographs to visits and files; a quarter of the test photographs are of training visits."
-    train_plan, shared = plan_visits(seed, n_train, first=0), 0 if shift else n_test // 4
+    train_plan, shared = plan_visits(seed, n_train, first=0), 0 if shift else min(n_test // 4, n_train)
     test_plan = train_plan[:: max(1, n_train // max(1, shared))][:shared]
     test_plan += [_shift_visit(seed, visit, shift) for visit in plan_visits(seed, n_test - shared, first=1000)]
     splits = ["train"] * n_train + ["test"] * n_test
