@@ -29,7 +29,7 @@ setup(
     install_requires=lines("requirements"),
     extras_require={
         name: lines(f"{name}_requirements")
-        for name in ("dev", "lab", "docs", "wandb", "lora", "sweep", "cluster", "onnx")
+        for name in ("dev", "lab", "docs", "wandb", "lora", "sweep", "cluster", "onnx", "heic")
     },
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"biomass_lib={'biomass_lib._modidx:d'}"]},
 )

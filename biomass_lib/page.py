@@ -10,6 +10,7 @@ __all__ = ['PADDOCK_HEADS', 'picture_url', 'thumbnail', 'density_map', 'interval
 import argparse
 import base64
 import math
+import tempfile
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,12 @@ def _density_tag(maps: Dense, path: str) -> str:
     return _picture_tag(drawn_HW3, f"density of the total, at most {most:.0f} g per square metre")
 
 
-def _photo_row(row: Any, maps: Dense | None) -> str:
+def _photo_row(row: Any, maps: Dense | None, used: Path) -> str:
     "Write one photograph as a row: pictures, masses, flags."
-    name, cut = escape(one_line(Path(row["path"]).name, 60)), "not 2 : 1" in row["flags"]
-    pictures = _picture_tag(thumbnail(row["path"]), Path(row["path"]).name)
-    pictures += _density_tag(maps, row["path"]) if maps and not cut else ""
+    name, drawn = escape(one_line(Path(row["path"]).name, 60)), thumbnail(used)
+    pictures = _picture_tag(drawn, Path(row["path"]).name)
+    quadrat = drawn is not None and abs(drawn.shape[0] / (_WIDTH // 2) - 1) <= 0.05
+    pictures += _density_tag(maps, str(used)) if maps and quadrat else ""
     masses = "<br>".join(f"{LABELS[target]} {interval_text(row, target, 1)} g" for target in TARGETS)
     flags = f'<br><span class="flag">{escape(row["flags"])}</span>' if row["flags"] else ""
     total = f"<strong>{interval_text(row, 'total_kg_ha')}</strong> kg DM/ha"
@@ -167,6 +169,7 @@ def field_page(
     paddocks: pd.DataFrame | None = None,  # of `paddock_table`
     maps: Dense | None = None,  # a model that draws densities
     level: float | None = 0.9,  # of the intervals; None: there are none
+    scratch: str | Path | None = None,  # as for `predict_photos`: the page shows what was cut out; None: the originals
 ) -> str:  # HTML
     "Write photographs, masses and paddocks as one page."
     good, broken = result[result["problem"] == ""], result[result["problem"] != ""]
@@ -180,7 +183,9 @@ def field_page(
     if len(broken):
         lines = [f"<li>{escape(one_line(row['problem']))}</li>" for row in broken.to_dict("records")]
         parts.append(f"<h2>Not predicted</h2><ul>{''.join(lines)}</ul>")
-    rows = "".join(_photo_row(row, maps) for row in good.to_dict("records"))
+    cuts = {row: Path(scratch, f"{row}.png") for row in good.index} if scratch else {}
+    used = [cuts[row] if row in cuts and cuts[row].is_file() else Path(good["path"][row]) for row in good.index]
+    rows = "".join(_photo_row(row, maps, path) for row, path in zip(good.to_dict("records"), used, strict=True))
     parts.append(f'<h2>Photographs</h2><table class="photo"><tbody>{rows}</tbody></table>')
     return html_page("\n".join(parts), title)
 
@@ -214,23 +219,9 @@ def _density_model(weights: str) -> Dense | None:
     return next((model for model in models if isinstance(model, Dense)), None)
 
 
-@command("biomass_predict")
-def predict_main(
-    argv: list[str] | None = None,  # None: from the command line
-) -> None:
-    "biomass_predict: masses for anybody's photographs. Exit status 1 and a line when nothing can be predicted."
-    args = _parser().parse_args(argv)
-    options = {"batch_size": args.batch_size, "workers": args.workers}
-    options |= {"devices": [torch.device(name) for name in args.devices]} if args.devices else {}
-    views = tuple(args.views) if args.views else None
-    is_test_set = len(args.photos) == 1 and (Path(args.photos[0]) / "test.csv").is_file()
-    if is_test_set:
-        out = args.out or "submission.csv"
-        make_submission(args.photos[0], args.weights, out, views=views, **options)
-        print(f"written: {out}")
-        if not args.html:
-            return
-    result = predict_photos(args.weights, args.photos, views, args.shape, progress=True, **options)
+def _predict_folder(args: argparse.Namespace, options: dict[str, Any], scratch: str, is_test_set: bool) -> None:
+    "Predict photographs, and write what was asked for. Raises ValueError when nothing can be predicted."
+    result = predict_photos(args.weights, args.photos, shape=args.shape, progress=True, scratch=scratch, **options)
     if (result["problem"] != "").all():
         raise ValueError("no photograph could be predicted:\n" + "\n".join(result["problem"][:20]))
     field, paddocks = open_weights(args.weights)[1].get("field"), None
@@ -243,8 +234,27 @@ def predict_main(
         print(result[["path", *TARGETS, "total_kg_ha", "flags"]].round(1).to_string(index=False))
     if args.html:
         level = field["errors"]["level"] if field else None
-        write_file(args.html, field_page(result, paddocks, _density_model(args.weights), level))
+        write_file(args.html, field_page(result, paddocks, _density_model(args.weights), level, scratch))
     for problem in result["problem"][result["problem"] != ""]:
         print(f"not predicted: {one_line(problem)}")
     for path in filter(None, ("" if is_test_set else args.out, args.html)):
         print(f"written: {path}")
+
+# %% ../notebooks/82_page.ipynb #c6ba60cb
+@command("biomass_predict")
+def predict_main(
+    argv: list[str] | None = None,  # None: from the command line
+) -> None:
+    "biomass_predict: masses for anybody's photographs. Exit status 1 and a line when nothing can be predicted."
+    args = _parser().parse_args(argv)
+    options: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers}
+    options |= {"devices": [torch.device(name) for name in args.devices]} if args.devices else {}
+    options["views"] = tuple(args.views) if args.views else None
+    is_test_set = len(args.photos) == 1 and (Path(args.photos[0]) / "test.csv").is_file()
+    if is_test_set:
+        out = args.out or "submission.csv"
+        make_submission(args.photos[0], args.weights, out, **options)
+        print(f"written: {out}")
+    if args.html or not is_test_set:
+        with tempfile.TemporaryDirectory() as scratch:
+            _predict_folder(args, options, scratch, is_test_set)

@@ -64,19 +64,11 @@ def find_photos(
 
 # %% ../notebooks/80_photos.ipynb #54457ee9
 SHAPES = ("refuse", "crop")
-_HEIC = (
-    "is a HEIC or AVIF, which this program can't read: export it as JPEG, with `heif-convert PHOTO.heic PHOTO.jpg`, "
-)
-_HEIC += "or set the iPhone's camera to Formats, Most Compatible"
 _ORDINARY = 2000, 1000  # pixels of the competition's photographs
 
 
 def _photo_size(path: Path) -> tuple[int, int]:  # width, height, as it is shown; 0, 0: not known
-    "Read the size from the header. Raises ValueError for a HEIC."
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif"):
-        raise ValueError(f"photograph {path} {_HEIC}")
+    "Read the size from the header."
     try:
         with (
             warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
@@ -86,6 +78,44 @@ def _photo_size(path: Path) -> tuple[int, int]:  # width, height, as it is shown
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0, 0  # what reads the whole file says what is wrong
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    "Raise ValueError for a huge picture of any format: a small file can hold one."
+    if width * height > MAX_PIXELS:
+        most = f"at most {MAX_PIXELS // 10**6} megapixels are read; make it smaller first"
+        raise ValueError(f"photograph {path} is too large, {width} x {height} pixels: {most}")
+
+# %% ../notebooks/80_photos.ipynb #cb4bf6d1
+_HEIC = b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"  # brands, as they stand in the file
+_REMEDY = "export it as JPEG, or set the iPhone's camera to Formats, Most Compatible"
+
+
+def _brand(path: Path) -> bytes:  # of the family of HEIC, AVIF and films; empty: another format
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[8:] if head[4:8] == b"ftyp" else b""
+
+
+def _decode_heic(path: Path, target: Path) -> None:
+    "Copy a HEIC into a PNG. Raises ValueError without pillow-heif, for a huge picture and for a damaged file."
+    try:
+        import pillow_heif
+    except ImportError as error:
+        how = f"to read it, pip install pillow-heif; or {_REMEDY}"
+        raise ValueError(f"photograph {path} is a HEIC: {how}") from error
+    try:
+        picture = pillow_heif.open_heif(path)
+        size = picture.size
+    except (OSError, ValueError, EOFError, RuntimeError, SyntaxError) as error:
+        raise ValueError(f"photograph {path} cannot be decoded as HEIC: fetch it again, or {_REMEDY}") from error
+    _check_pixels(path, *size)
+    try:
+        photo_HW3 = np.asarray(picture.to_pillow().convert("RGB"))
+    except (OSError, ValueError, EOFError, RuntimeError, SyntaxError) as error:
+        raise ValueError(f"photograph {path} cannot be decoded: it is damaged; fetch it again") from error
+    quick = [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    write_file(target, cv2.imencode(".png", photo_HW3[..., ::-1], quick)[1].tobytes())
 
 # %% ../notebooks/80_photos.ipynb #f73e79f9
 def _cut_out(path: Path, target: Path) -> None:
@@ -107,20 +137,24 @@ def _cut_out(path: Path, target: Path) -> None:
 def _prepare_photo(
     path: Path,
     shape: str,  # of SHAPES
-    target: Path,  # for what is cut out
+    target: Path,  # for what is copied from a HEIC, or cut out
 ) -> tuple[Path, list[str]]:  # the file to predict, flags
-    "Look at the shape of a photograph, and cut it if asked to. Raises ValueError or OSError that names it."
-    width, height = _photo_size(path) if path.is_file() else (0, 0)
+    "Look at format and shape of a photograph, and cut it if asked to. Raises ValueError or OSError that names it."
+    brand, source = _brand(path) if path.is_file() else b"", path
+    if brand == b"avif":
+        raise ValueError(f"photograph {path} is an AVIF, which can't be read: {_REMEDY}")
+    if brand in _HEIC:
+        _decode_heic(path, target)
+        source = target
+    width, height = _photo_size(source) if source.is_file() else (0, 0)
     flags = [f"small, {width} x {height} pixels"] if 0 < min(width, height) < 500 else []
-    if width * height > MAX_PIXELS:  # of any format: a small file can hold a huge picture
-        most = f"at most {MAX_PIXELS // 10**6} megapixels are read; make it smaller first"
-        raise ValueError(f"photograph {path} is too large, {width} x {height} pixels: {most}")
+    _check_pixels(path, width, height)
     if not width or abs(width / (2 * height) - 1) <= 0.05:
-        return path, flags
+        return source, flags
     if shape == "refuse":
         what = f"is {width} x {height}, not a quadrat of 2 : 1"
         raise ValueError(f"photograph {path} {what}: cut it to the frame, or ask for shape crop")
-    _cut_out(path, target)
+    _cut_out(source, target)
     turned = "turned and " if height > width else ""
     return target, [f"not 2 : 1, {turned}cut from {width} x {height}", *flags]
 
@@ -213,7 +247,9 @@ def predict_photos(
     shape: str = "refuse",  # or crop: what to do with photographs that are not 2 : 1
     progress: bool = False,  # show a bar
     done: Callable[[int], Any] | None = None,  # called with the number of photographs of each batch that is done
-    scratch: str | Path | None = None,  # folder for what is cut out, ROW.png; None: a temporary one
+    scratch: str
+    | Path
+    | None = None,  # folder for what is cut out or copied from a HEIC, ROW.png; None: a temporary one
     **options: Any,  # batch_size, devices, amp, workers: as for `predict_ensemble`
 ) -> pd.DataFrame:  # path, grams, kg DM/ha, intervals, unlike, flags, problem; a row a photograph
     "Predict any photographs. Raises ValueError for an unknown shape, and as `find_photos` and `open_weights` do."
