@@ -11,7 +11,7 @@ SPACE := 8
 PAPERMILL = "$(BIN)/papermill" --no-progress-bar --log-level ERROR
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help install lab docs newest constraints demo rehearsal test slow variants tta versions bench bench-gpu shape check readme kernel clean
+.PHONY: help install lab docs newest constraints demo rehearsal test slow variants tta coverage versions bench bench-gpu shape check readme kernel clean
 
 help: ## this list
 	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -126,6 +126,12 @@ tta: $(READY) ## what views, weights and projection change on a run (RUN=runs/NA
 	@echo "== predict the held-out photographs step by step: $(RUN)/tta.ipynb"
 	@OMP_NUM_THREADS=1 $(PAPERMILL) notebooks/tta.ipynb "$(RUN)/tta.ipynb" -p run_dir "$(RUN)"
 	@cat "$(RUN)/tta.csv"
+
+# three renderings with seeds that no training uses; of any run on demo photographs: make coverage RUN=runs/NAME
+coverage: $(READY) ## whether the intervals of a demo run hold on rendered paddocks (RUN=runs/NAME)
+	@echo "== predict rendered paddocks whose means are known: $(RUN)/coverage.ipynb"
+	@OMP_NUM_THREADS=1 $(PAPERMILL) notebooks/coverage.ipynb "$(RUN)/coverage.ipynb" -p weights "$(RUN)" \
+	    -y '{seeds: [101, 102, 103]}' -p photos 160 -p out_dir "$(RUN)"
 
 # the built kernel in an environment of older versions, 6 GB of downloads, against the library in this one
 versions: $(READY) ## the Kaggle notebook with older versions of its libraries
