@@ -70,6 +70,7 @@ def children() -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "signum", "method"),
     [
@@ -155,6 +156,7 @@ def test_training_photographs_that_are_not_there(stage, tmp_path, capsys, damage
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["align", "finetune"])
 def test_a_full_disk_while_it_writes(stage, tmp_path, monkeypatch, capsys, method):
     monkeypatch.setattr(adapt, "write_csv", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -162,7 +164,8 @@ def test_a_full_disk_while_it_writes(stage, tmp_path, monkeypatch, capsys, metho
     assert "OSError: [Errno 28] No space left" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["pseudo", "align", pytest.param("finetune", marks=pytest.mark.slow), "report"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pseudo", "align", "finetune", "report"])
 def test_all_goes_well(stage, tmp_path, capsys, method):
     "One training photograph is cut off in the middle."
     data = copy_of(stage / "data", tmp_path / "data")
@@ -192,6 +195,7 @@ def test_all_goes_well(stage, tmp_path, capsys, method):
     assert again == (True, submission)  # deterministic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("looks", [0, 8, 9, 60, 92])
 def test_a_clock_that_stops_finetuning(stage, tmp_path, looks):
     "Nine batches of features; then 8 x 9 + 4 x 6 a network. The clock jumps after so many looks."

@@ -79,7 +79,8 @@ def processes_with(mark: str) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
 def test_killed_driver_leaves_no_orphan(home: Path, number: int):
     mark, metrics = uuid.uuid4().hex, home / "runs/shared/fold0/metrics.csv"
     options = ("--folds", "0", "-p", "stage2_epochs", "5000", "-p", "workers", "1")
@@ -102,6 +103,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LEASE}
 
 
+@pytest.mark.slow
 def test_a_stopped_holder_that_wakes_up_writes_nothing(home: Path):
     folder = home / "runs/shared/fold1"
     command = [sys.executable, "-m", "biomass_lib.train", "p.yaml", "-p", "fold", "1", "-p", "stage2_epochs"]

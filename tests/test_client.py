@@ -714,6 +714,7 @@ def test_a_folder_of_yours_is_left_alone(site, ask):
         assert Path(out, "submission.csv").read_bytes() == site.outputs["submission.csv"]
 
 
+@pytest.mark.slow
 def test_the_training_kernel_as_it_arrives(site, ask):
     "Parameters in their cell, the internet for timm alone, its own output from the second time on, and nothing lost."
     run_output(0, 1)(site)

@@ -7,6 +7,8 @@ from biomass_lib.baselines import colour_statistics, texture_statistics
 from biomass_lib.demo import render_dataset
 from biomass_lib.tables import read_train
 
+pytestmark = pytest.mark.slow
+
 # low, high; the real figure stands behind
 TABLE = {
     "mean total, g": (36, 56),  # 45.3

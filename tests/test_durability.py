@@ -106,6 +106,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/fd")
 def test_power_cut_at_any_moment_of_a_training(home: Path):
     folder = home / "runs/cut/fold0"

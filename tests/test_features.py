@@ -108,6 +108,7 @@ def test_heads_do_not_see_their_own_fold():
     assert np.array_equal(first, fit_heads(features_ND, mass_N5, fold_N, epochs=3))
 
 
+@pytest.mark.slow
 def test_command_extracts_judges_and_brings_in(demo: Path, tmp_path: Path):
     status, said = command(tmp_path, str(demo), *TINY, "--out", "mine.npy", "--ridge", "--heads")
     assert status == 0, said

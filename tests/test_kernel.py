@@ -235,11 +235,8 @@ def hidden_test_set(request, stage, tmp_path_factory):
     return folder / "data", cut
 
 
-@pytest.mark.parametrize(
-    ("layout", "hidden_test_set"),
-    [("new", 840), pytest.param("old", 2000, marks=pytest.mark.slow)],
-    indirect=["hidden_test_set"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "hidden_test_set"), [("new", 840), ("old", 2000)], indirect=["hidden_test_set"])
 def test_rehearsal_with_a_hidden_test_set(received, hidden_test_set, bare_python, tmp_path, layout):
     data_dir, cut = hidden_test_set
     inputs = mount(tmp_path / "input", layout, data_dir, received / "weights")
@@ -268,6 +265,7 @@ def test_rehearsal_with_a_hidden_test_set(received, hidden_test_set, bare_python
     assert len({round(total, 3) for total in answers[asked, -1]}) > 0.9 * len(asked)  # two may agree by chance
 
 
+@pytest.mark.slow
 def test_a_broken_photograph_may_be_on_the_contact_sheet(stage, bare_python, tmp_path):
     write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 50)
     photographs = sorted((tmp_path / "data" / "test").glob("*.jpg"))
@@ -323,6 +321,7 @@ def test_damaged_weights_stop_the_kernel(stage, bare_python, tmp_path):
     assert not (tmp_path / "working" / "submission.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True])
 def test_five_members_on_one_backbone(stage, bare_python, tmp_path, half, capsys):
     "The kernel joins what they share, predicts what the run folder's models do, and needs the shared file."
@@ -732,6 +731,7 @@ def killed_at_work(folder: Path) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_adaptation_leaves_the_plain_submission(stage, bare_python, tmp_path):
     "Off, on, and on but killed: the plain submission is the same to the byte, with the network cut."
     submissions, told = {}, {}

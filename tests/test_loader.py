@@ -45,6 +45,7 @@ class Victim(HalvesDataset):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "words"), [(Stuck, "a batch did not come in time"), (Victim, "a worker was killed")])
 def test_a_lost_batch_is_an_error_that_says_what_to_do(home: Path, kind: type, words: str):
     loader = make_loader(kind(read_train(home / "demo"), home / "demo", 64), 4, False, workers=1, patience=1)
@@ -69,6 +70,7 @@ def test_a_worker_killed_between_batches(home: Path, monkeypatch: pytest.MonkeyP
         train.train_fold(config)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not mounts(), reason="no user namespaces here, so no small /dev/shm can be mounted")
 def test_small_shared_memory_is_reported_and_changes_no_number(home: Path):
     "A /dev/shm of 4 MB for batches of 3.1 MB, as docker's 64 MB are for those of the defaults."

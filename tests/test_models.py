@@ -248,6 +248,7 @@ def test_auxiliary_heads_know_the_training_data():
 SLOW_TO_LEARN = [pytest.param(name, marks=pytest.mark.slow) for name in ("dinov2_tiled", "dense")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two_stream", *SLOW_TO_LEARN])
 def test_learns_eight_photographs_by_heart(name: str, tmp_path: Path):
     render_dataset(tmp_path / "demo", n_train=8, n_test=1, seed=0)

@@ -22,6 +22,8 @@ from biomass_lib.models import load_model
 from biomass_lib.parallel import launch, world
 from biomass_lib.supervise import descendants
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 UNEVEN = 0  # the fold with 15 photographs to train on and 9 held out
 ONE_LEFT = 2  # the fold with 17: a last batch of one photograph, for two processes

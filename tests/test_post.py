@@ -22,6 +22,7 @@ def masses(path) -> np.ndarray:  # mass_N5, photographs in the order of their id
     return table[list(TARGETS)].to_numpy()
 
 
+@pytest.mark.slow
 def test_switches_of_the_manifest(stage, bare_python, tmp_path):  # noqa: F811
     weights_main([str(stage / "runs" / "tiny"), "--out", str(tmp_path / "weights"), "--post", *SWITCHES])
     write_test_set(tmp_path / "data", sorted(stage.glob("demo/t*/*.jpg")), 6)

@@ -45,6 +45,7 @@ def test_untouched_repository_passes_and_says_one_line(repository: Path):
     assert result.stdout == "== compare what is built with the notebooks\n"
 
 
+@pytest.mark.slow
 def test_kernel_is_built_in_a_folder_with_a_space(repository: Path):
     built = repository / "kaggle/inference/inference.ipynb"
     before = built.read_bytes()

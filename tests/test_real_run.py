@@ -20,6 +20,8 @@ from biomass_lib.kaggle_rules import repo_root
 from biomass_lib.kernel import render_kernel
 from biomass_lib.targets import TARGETS
 
+pytestmark = pytest.mark.slow
+
 ROOT = repo_root(Path(__file__).parent)
 SHARED = ROOT.parent / "shared"
 DATA = SHARED / "data/real_photos"

@@ -27,6 +27,8 @@ from biomass_lib.files import read_json, write_json
 from biomass_lib.report import REPORT_KEYS, read_report
 from biomass_lib.targets import TARGETS, WEIGHTS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -18,6 +18,8 @@ from biomass_lib.checkpoint import load_checkpoint
 from biomass_lib.config import Config, config_to_yaml, smoke_config
 from biomass_lib.demo import render_dataset
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SAME = ("metrics.csv", "weights.safetensors", "weights.json", "oof.csv", "oof_best.csv")
 # everything at once: mid-epoch checkpoints, averaged weights, dropout, augmentation, summed-up batches, workers

@@ -30,6 +30,8 @@ from biomass_lib.targets import TARGETS, weighted_r2
 from biomass_lib.train import open_run, train_fold
 from biomass_lib.weights import assemble_weights, weights_main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 PREDICTED = [f"{name}_pred" for name in TARGETS]

@@ -87,6 +87,7 @@ def test_a_failed_cell_is_named_and_the_others_go_on(home: Path):
     assert read_json(home / "runs/many/sweep.json")["base"] == index["folder"][1], "the file's own dropout"
 
 
+@pytest.mark.slow
 def test_two_drivers_train_every_cell_once(home: Path):
     stand_in.write_notebook(home / "stand_in.ipynb", pause=0.5)
     words = (*GRID, "--folds", "0", "--notebook", "stand_in.ipynb")
@@ -123,6 +124,7 @@ def swept_on(home: Path, size: str, before: str = "true") -> str:
     return subprocess.run(small, cwd=home, env=given, stdout=-1, stderr=-2, text=True, timeout=PATIENCE).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not mounts(), reason="no user namespaces here, so no small disk can be mounted")
 def test_a_full_and_a_read_only_disk_are_a_line(home: Path):
     said = swept_on(home, "1m", "mount -o remount,ro runs")

@@ -14,6 +14,8 @@ from test_runs import BIN, NOTEBOOK, TINY
 from biomass_lib.demo import render_dataset
 from biomass_lib.supervise import descendants
 
+pytestmark = pytest.mark.slow
+
 SAME = ("metrics.csv", "oof.csv", "oof_best.csv", "weights.safetensors")
 
 
