@@ -96,16 +96,41 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
 
 
+def measured(outputs: str, size: str) -> dict[str, list[float]]:
+    "Read score, interval, lead and its interval of one size from the printed table of recipe.ipynb."
+    table = outputs.partition(f"{size} px  model ")[2].partition(" px  model ")[0]
+    names = ("colour and texture ridge", "training mean")
+    lines = {"model": table.partition("\n")[0]} | {name: table.partition(name)[2].partition("\n")[0] for name in names}
+    numbers = {name: re.findall(r"-?\d\.\d{3}|NaN", line) for name, line in lines.items()}
+    assert all(len(found) in (3, 6) for found in numbers.values()), numbers
+    return {name: [float(number) for number in found] for name, found in numbers.items()}
+
+
+def short(number: float, digits: int = 2) -> str:
+    return f"{number:.{digits}f}".replace("0.", ".")
+
+
 def test_readme_quotes_what_was_measured():
     "Scores on real photographs and features stand in the outputs of the notebook that measured them."
-    rows = [
-        line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if re.match(r"\|.*real", line)
-    ]
-    outputs = (ROOT / "notebooks/recipe.ipynb").read_text(encoding="utf-8")
-    for score in re.findall(r"\*\*(\.\d{3})\*\*", "".join(rows[:1])):
-        assert f"model                         3  0{score}" in outputs, score
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    notebook = json.loads((ROOT / "notebooks/recipe.ipynb").read_text(encoding="utf-8"))
+    plain = [output.get("data", {}).get("text/plain", "") for c in notebook["cells"] for output in c.get("outputs", ())]
+    table = next(text for text in map("".join, plain) if "model, best epoch" in text and "lead of the model" in text)
+    scores, leads = (table[: (at := table.rindex("lead of the model"))], table[at:])
+    for size, begin in (("224", "| **87 real photographs**"), ("320", "| the same at 320 px")):
+        found = measured(scores, size)
+        score, low, high = found["model"][:3]
+        row = next(line for line in readme.splitlines() if line.startswith(begin))
+        assert f"**{short(score, 3)}** (" in row and f"{short(low)} to {short(high)})" in row, row
+        assert f"| {short(found['training mean'][0], 3)}" in row, row
+        assert f"| {short(found['colour and texture ridge'][0], 3)}" in row, row
+        ahead = leads.partition(f"{size} px  model ")[2].partition("colour and texture ridge")[2].partition("\n")[0]
+        lead, low, high = (float(number) for number in re.findall(r"-?\d\.\d{3}", ahead))
+        assert f"+{short(lead)} ({short(low)} to +{short(high)})" in readme, (size, lead, low, high)
+    outputs = "".join(map("".join, plain))
     heads = [float(row) for row in re.findall(r"heads, 20 epochs at 1e-3 \(default\) \d +(0\.\d{3})", outputs)]
-    assert len(rows) == 2 and f"**{sum(heads) / len(heads):.3f}**".replace("0.", ".") in rows[1]
+    row = next(line for line in readme.splitlines() if line.startswith("| 357 real photographs"))
+    assert f"**{short(sum(heads) / len(heads), 3)}**" in row
 
 
 def test_outputs_name_no_place_on_a_machine():
