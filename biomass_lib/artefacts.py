@@ -385,7 +385,7 @@ def clean_photo(
     photo_HW3: np.ndarray,  # uint8 RGB, any size
     clean: str = "none",  # none, inpaint, crop or both
 ) -> np.ndarray:  # photo_HW3 of the same shape; the same array if nothing was done
-    "Fill stamps and dots in, cut rims and cardboard off. Raises ValueError for an unknown `clean`."
+    "Fill in stamps and dots, cut off rims and cardboard. Raises ValueError for an unknown `clean`."
     if clean not in _CLEANINGS:
         raise ValueError(f"parameter clean = {clean!r} must be one of {', '.join(_CLEANINGS)}")
     if clean in ("inpaint", "both"):
@@ -415,7 +415,7 @@ def _stamp_alpha(
 def _stamp_text(
     rng: np.random.Generator,
 ) -> str:
-    "Write a date of 2015 in one of the formats of cameras."
+    "Write a date of 2015 in a format that cameras use."
     day, month = int(rng.integers(1, 29)), int(rng.integers(1, 13))
     forms = (f"2015/{month:02}/{day:02}", f"{day:02}.{month:02}.2015", f"{day}.{month}.2015", f"{day} {month} '15")
     return forms[int(rng.integers(len(forms)))]

@@ -44,7 +44,7 @@ _SEVERITIES = ("error", "warning", "note")
 
 
 class _Finding(NamedTuple):
-    "One row of the report."
+    "Hold one row of the report."
 
     severity: str  # one of _SEVERITIES
     check: str  # short name
@@ -146,7 +146,7 @@ def _within(
     low: float,
     high: float,
 ) -> Callable[[pd.Series], pd.Series]:
-    "Make a rule for numbers; other cells belong to `_is_finite`."
+    "Make a rule for a range; cells without a number belong to `_is_finite`."
     return lambda text: ~((_numbers_of(text) < low) | (_numbers_of(text) > high))
 
 # %% ../notebooks/17_audit.ipynb #5410e597

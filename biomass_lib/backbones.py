@@ -373,7 +373,7 @@ def pooled_layers(
     layers: tuple[int, ...] = (-1,),  # from the end, -1 is the last
     pools: tuple[str, ...] = ("mean",),  # of MAP_POOLS
 ) -> list[torch.Tensor]:  # features_ND, float32: layer by layer, pool by pool
-    "Pool several layers in several ways. Raises ValueError as `layer_maps` and `pool_map`, or without class token."
+    "Pool several layers in several ways. Raises ValueError as `layer_maps` and `pool_map`, and without a class token."
     blocks = []
     for tokens_NDHW, class_ND in _maps_and_class(backbone, pixels_NCHW, layers):
         if "cls" in pools and class_ND is None:

@@ -42,7 +42,7 @@ def _follow(
     module: nn.Module,  # partly frozen
     above: bool,  # whether its parent is trained
 ) -> None:
-    "Set evaluation mode for frozen modules and for dropout and the like inside them."
+    "Set evaluation mode for frozen modules, and for dropout and the like inside them."
     own = [parameter.requires_grad for parameter in module.parameters()]
     trained = any(own) if own else above
     if not trained:
@@ -305,7 +305,7 @@ class Dense(MassModel):
         self,
         halves_B2CHW: torch.Tensor,  # uint8, or float from 0 to 255
     ) -> torch.Tensor:  # density_B5HW, g per square metre, order of TARGETS; the halves side by side
-        "Compute the density map, whose sum is the mass."
+        "Compute the density map that adds up to the masses."
         mass_B2HW5 = self.heads.output.masses(self.parts(self.features(halves_B2CHW)))
         return torch.cat(mass_B2HW5.unbind(1), dim=2).movedim(-1, 1) / _QUADRAT_M2
 
