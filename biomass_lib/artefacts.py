@@ -11,14 +11,14 @@ import cv2
 import numpy as np
 
 # %% ../notebooks/10_artefacts.ipynb #fc7eb31d
-ARTEFACTS = ("date_stamp", "flash_dots", "cardboard", "black_rim")  # as the flags of the demo's truth.csv are called
+ARTEFACTS = ("date_stamp", "flash_dots", "cardboard", "black_rim")  # as in the demo's truth.csv
 
 # %% ../notebooks/10_artefacts.ipynb #979902af
 def _reduce_photo(
     photo_HW3: np.ndarray,  # a photograph or a half of one
     height: int = 400,  # of the result, pixels
-) -> np.ndarray:  # small_hw3; the very same array when it is no higher than that
-    "Make a smaller copy to search in. Raises ValueError for anything but 8-bit RGB."
+) -> np.ndarray:  # small_hw3; the same array if it is no higher
+    "Reduce a photograph for the search. Raises ValueError for anything but 8-bit RGB."
     if photo_HW3.dtype != np.uint8 or photo_HW3.ndim != 3 or photo_HW3.shape[2] != 3:
         raise ValueError(f"a photograph has the shape (H, W, 3) and 8 bits, not {photo_HW3.shape} {photo_HW3.dtype}")
     if len(photo_HW3) <= height:
@@ -28,7 +28,7 @@ def _reduce_photo(
 
 # %% ../notebooks/10_artefacts.ipynb #1c34eba7
 def _enlarge_mask(
-    mask_hw: np.ndarray,  # uint8, anything but 0 is marked
+    mask_hw: np.ndarray,  # uint8, 0: unmarked
     shape: tuple[int, ...],  # of the photograph: height, width, ...
 ) -> np.ndarray:  # mask_HW, bool
     "Enlarge a mask to the size of the photograph."
@@ -46,7 +46,7 @@ def _brush(
     return np.ones((max(1, round(height * high)), max(1, round(height * wide))), np.uint8)
 
 # %% ../notebooks/10_artefacts.ipynb #3c33026e
-_ORANGES = ((150, 170, 190), (95, 130, 150))  # strict, loose: least red minus blue, least saturation, least value
+_ORANGES = ((150, 170, 190), (95, 130, 150))  # strict, loose: minimum of red minus blue, saturation, value
 
 
 def _orange_mask(
@@ -67,7 +67,7 @@ def _is_text(
     box_4: np.ndarray,  # x, y, width, height of the candidate, pixels
     height: int,  # of the photograph, pixels
 ) -> bool:
-    "Tell whether a box has the size, the filling and the clean surroundings of a line of digits."
+    "Tell whether a box looks like a line of digits: its size, its filling, its clean surroundings."
     x, y, w, h = (int(value) for value in box_4)
     if not (0.012 * height <= h <= 0.11 * height and 0.1 * height <= w <= 1.2 * height and w >= 2.5 * h):
         return False
@@ -84,8 +84,8 @@ def _is_text(
 def _text_lines(
     orange_hw: np.ndarray,  # 255 or 0
     height: int,  # of the photograph, pixels
-) -> np.ndarray:  # mask_hw, 255 or 0: the strokes of what looks like text
-    "Keep those marked pixels that form lines of text."
+) -> np.ndarray:  # mask_hw, 255 or 0: strokes that look like text
+    "Keep the marked pixels that form lines of text."
     closed_hw = cv2.morphologyEx(orange_hw, cv2.MORPH_CLOSE, _brush(height, 0.05, 0.012))
     stats_K5 = cv2.connectedComponentsWithStats(closed_hw)[2]
     mask_hw = np.zeros_like(orange_hw)
@@ -112,7 +112,7 @@ def find_date_stamp(
 def _dot_seeds(
     small_hw3: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:  # seed_hw (255 or 0), red_hw: red minus the larger of green and blue
-    "Find the pixels where red outshines green and blue, and blue keeps up with green."
+    "Find pixels that are redder than green or blue, with blue close to green."
     height = len(small_hw3)
     soft_hw3 = cv2.GaussianBlur(small_hw3, (0, 0), max(0.5, 0.004 * height))
     red_hw, green_hw, blue_hw = cv2.split(soft_hw3)
@@ -126,7 +126,7 @@ def _is_round(
     stats_5: np.ndarray,  # x, y, width, height, area of a blob, pixels
     shape: tuple[int, ...],  # of the photograph
 ) -> bool:
-    "Tell whether a blob is round, larger than a grain and smaller than a leaf; at the border half a dot will do."
+    "Tell whether a blob is round and has the size of a dot; at the border, half a dot is enough."
     x, y, w, h, area = (int(value) for value in stats_5)
     at_border = x == 0 or y == 0 or x + w == shape[1] or y + h == shape[0]
     small, large = min(w, h), max(w, h)
@@ -136,7 +136,7 @@ def _is_round(
 # %% ../notebooks/10_artefacts.ipynb #8f08f68e
 def find_flash_dots(
     photo_HW3: np.ndarray,  # uint8 RGB, any size
-) -> np.ndarray:  # mask_HW, bool, discs that hold the glow as well; all False: none
+) -> np.ndarray:  # mask_HW, bool, discs that include the glow; all False: none
     "Mark the pixels of red flash dots. Raises ValueError for anything but 8-bit RGB."
     small_hw3 = _reduce_photo(photo_HW3)
     seed_hw, red_hw = _dot_seeds(small_hw3)
@@ -182,7 +182,7 @@ def _segment_means(
 
 # %% ../notebooks/10_artefacts.ipynb #25f991aa
 def _straight_line(
-    hit_DK: np.ndarray,  # bool: where a segment shows what is looked for
+    hit_DK: np.ndarray,  # bool: where a segment has a hit
     height: int,  # of the photograph, pixels
 ) -> tuple[np.ndarray, np.ndarray]:  # line_K, bool: segments with a hit near the best line; row_K: row of that line
     "Find the straight line along a band that most segments agree on."
@@ -203,7 +203,7 @@ def _straight_line(
 def _dark_end(
     full_D: np.ndarray,  # bool: which rows of a segment are dark
     start: int,  # row to begin at
-) -> int:  # row behind the first dark run from there on
+) -> int:  # row after the first dark run from start
     "Find the end of a dark run."
     first = start + int(full_D[start:].argmax())
     light_D = ~full_D[first:]
@@ -227,7 +227,7 @@ def _rim_depth(
     band_DL3: np.ndarray,  # from the edge inwards, a quarter of the height deep
     height: int,  # of the photograph, pixels
 ) -> int:  # pixels from the edge to the inner side of the rim; 0: none
-    "Measure how far a dark rim reaches inwards."
+    "Measure the depth of a dark rim."
     rim_DK = _rim_cells(band_DL3, height)
     thin = max(1, round(0.004 * height))
     run_DK = np.stack([rim_DK[i : len(rim_DK) - thin + 1 + i] for i in range(thin)]).all(axis=0)
@@ -238,7 +238,7 @@ def _rim_depth(
     k_J = np.flatnonzero(line_K)
     end_J = np.array([_dark_end(rim_DK[:, k], max(0, row_K[k] - reach)) for k in k_J])
     fit_2 = np.polyfit(k_J, end_J, 1)
-    bent_J = (end_J - np.polyval(fit_2, k_J)).round(3)  # a last digit must not decide: it depends on the machine
+    bent_J = (end_J - np.polyval(fit_2, k_J)).round(3)  # the last digits depend on the machine
     spread = np.subtract(*np.quantile(bent_J, (0.75, 0.25)))
     in_sight = np.quantile(end_J, 0.75) < len(rim_DK)
     deepest = np.polyval(fit_2, (0, _SEGMENTS - 1)).max() + np.median(bent_J)
@@ -248,7 +248,7 @@ def _rim_depth(
 def find_black_rim(
     photo_HW3: np.ndarray,  # uint8 RGB, any size
 ) -> np.ndarray:  # margins_4, int: pixels at top, right, bottom, left; zeros: none
-    "Measure the margins that the dark frame takes up. Raises ValueError for anything but 8-bit RGB."
+    "Measure the margins of the dark frame. Raises ValueError for anything but 8-bit RGB."
     small_hw3 = _reduce_photo(photo_HW3, 500)
     depth_4 = [_rim_depth(band_DL3, len(small_hw3)) for band_DL3 in _edge_bands(small_hw3, 0.25)]
     return np.ceil(np.array(depth_4) * len(photo_HW3) / len(small_hw3)).astype(int)
@@ -267,11 +267,11 @@ def _board_cells(
 
 # %% ../notebooks/10_artefacts.ipynb #3ff1a8b0
 def _sheet_end(
-    sheet_DK: np.ndarray,  # bool: cells that hang together
+    sheet_DK: np.ndarray,  # bool: connected cells
     mean_DK3: np.ndarray,  # colour of each segment and row
     height: int,  # of the photograph, pixels
-) -> int:  # pixels from the edge to the end of the sheet; 0: this is no sheet
-    "Tell whether cells form a sheet of cardboard that ends in sight, before another colour."
+) -> int:  # pixels from the edge to the end of the sheet; 0: not a sheet
+    "Measure connected cells that form a sheet and end in sight, before another colour."
     least = max(2, round(0.01 * height))
     column_J = np.flatnonzero(sheet_DK.any(axis=0))
     row_I = np.flatnonzero(sheet_DK.any(axis=1))
@@ -291,7 +291,7 @@ def _cardboard_depth(
     band_DL3: np.ndarray,  # from the edge inwards
     height: int,  # of the photograph, pixels
 ) -> int:  # pixels from the edge to the end of the cardboard; 0: none
-    "Measure how far a sheet of cardboard reaches inwards."
+    "Measure the depth of a sheet of cardboard."
     board_DK, mean_DK3 = _board_cells(band_DL3)
     count, label_DK = cv2.connectedComponents(board_DK.astype(np.uint8), connectivity=4)
     return max((_sheet_end(label_DK == k, mean_DK3, height) for k in range(1, count)), default=0)
@@ -308,7 +308,7 @@ def find_cardboard(
 # %% ../notebooks/10_artefacts.ipynb #b43ebd7b
 def find_artefacts(
     photo_HW3: np.ndarray,  # uint8 RGB, any size
-) -> dict[str, bool]:  # by the names of ARTEFACTS
+) -> dict[str, bool]:  # name from ARTEFACTS -> present
     "Tell which artefacts a photograph has. Raises ValueError for anything but 8-bit RGB."
     small_hw3 = _reduce_photo(photo_HW3)
     finders = (find_date_stamp, find_flash_dots, find_cardboard)
@@ -323,7 +323,7 @@ def _neighbours(
     box_4: tuple[int, int, int, int],  # top, bottom, left, right of a piece, pixels
     shape: tuple[int, ...],  # of the photograph
 ) -> list[tuple[slice, slice]]:  # rows and columns of each neighbour
-    "List the equally large pieces above, below, left and right, next to a piece and one further, inside the picture."
+    "List pieces of equal size inside the picture, one and two steps above, below, left and right of a piece."
     top, bottom, left, right = box_4
     h, w = bottom - top, right - left
     moves = [(n * y, n * x) for n in (1, 2) for y, x in ((-h, 0), (h, 0), (0, -w), (0, w))]
@@ -335,10 +335,10 @@ def _neighbours(
 # %% ../notebooks/10_artefacts.ipynb #296fd344
 def _fill_piece(
     photo_HW3: np.ndarray,
-    mask_HW: np.ndarray,  # bool: all that is to be replaced
+    mask_HW: np.ndarray,  # bool: all pixels to replace
     box_4: tuple[int, int, int, int],  # top, bottom, left, right of a piece with one hole, pixels
 ) -> np.ndarray:  # piece_hw3, filled
-    "Fill the hole in one piece with the neighbour that goes with it best."
+    "Fill the hole in a piece from its best matching neighbour."
     here = (slice(*box_4[:2]), slice(*box_4[2:]))
     piece_hw3, hole_hw = photo_HW3[here].copy(), mask_HW[here]
     free = [place for place in _neighbours(box_4, photo_HW3.shape) if not (mask_HW[place] & hole_hw).any()]
@@ -348,7 +348,7 @@ def _fill_piece(
     own_3 = piece_hw3[ring_hw].mean(axis=0)
     shift_P3 = np.stack([own_3 - photo_HW3[place][ring_hw].mean(axis=0) for place in free])
     best = int(np.linalg.norm(shift_P3, axis=1).argmin())
-    brighter = shift_P3[best].mean()  # no change of hue: around a flash dot there is some red left
+    brighter = shift_P3[best].mean()  # brightness only: the surroundings of a flash dot are a little red
     piece_hw3[hole_hw] = np.round(photo_HW3[free[best]][hole_hw] + brighter).clip(0, 255).astype(np.uint8)
     return piece_hw3
 
@@ -356,13 +356,13 @@ def _fill_piece(
 def _fill_in(
     photo_HW3: np.ndarray,
     mask_HW: np.ndarray,  # bool: what to replace
-) -> np.ndarray:  # photo_HW3, a copy; unmarked pixels are as they were
-    "Replace marked pixels by sward from next to them, hole by hole."
+) -> np.ndarray:  # photo_HW3, a copy; unmarked pixels unchanged
+    "Replace marked pixels by neighbouring sward, hole by hole."
     filled_HW3, left_HW, height = photo_HW3.copy(), mask_HW.copy(), len(photo_HW3)
     near_HW = cv2.morphologyEx(mask_HW.astype(np.uint8), cv2.MORPH_CLOSE, _brush(height, 0.03, 0.01))
     pad = max(4, round(0.01 * height))
     stats_K5 = cv2.connectedComponentsWithStats(near_HW)[2][1:]
-    for x, y, w, h, _ in sorted(stats_K5.tolist(), key=lambda stats_5: stats_5[4]):  # small ones: sward to large ones
+    for x, y, w, h, _ in sorted(stats_K5.tolist(), key=lambda stats_5: stats_5[4]):  # small ones serve large ones
         box_4 = max(0, y - pad), min(height, y + h + pad), max(0, x - pad), min(photo_HW3.shape[1], x + w + pad)
         here = (slice(*box_4[:2]), slice(*box_4[2:]))
         filled_HW3[here] = _fill_piece(filled_HW3, left_HW, box_4)
@@ -384,8 +384,8 @@ def _cut_margins(
 def clean_photo(
     photo_HW3: np.ndarray,  # uint8 RGB, any size
     clean: str = "none",  # none, inpaint, crop or both
-) -> np.ndarray:  # photo_HW3 of the same shape; the very same array where nothing had to be done
-    "Fill stamps and dots in, cut rims and cardboard off. Raises ValueError for an unknown `clean`."
+) -> np.ndarray:  # photo_HW3 of the same shape; the same array if nothing was done
+    "Fill in stamps and dots, cut off rims and cardboard. Raises ValueError for an unknown `clean`."
     if clean not in _CLEANINGS:
         raise ValueError(f"parameter clean = {clean!r} must be one of {', '.join(_CLEANINGS)}")
     if clean in ("inpaint", "both"):
@@ -415,7 +415,7 @@ def _stamp_alpha(
 def _stamp_text(
     rng: np.random.Generator,
 ) -> str:
-    "Write a date of 2015 in one of the ways in which cameras write it."
+    "Write a date of 2015 in a format that cameras use."
     day, month = int(rng.integers(1, 29)), int(rng.integers(1, 13))
     forms = (f"2015/{month:02}/{day:02}", f"{day:02}.{month:02}.2015", f"{day}.{month}.2015", f"{day} {month} '15")
     return forms[int(rng.integers(len(forms)))]
@@ -443,7 +443,7 @@ def draw_date_stamp(
 # %% ../notebooks/10_artefacts.ipynb #01293306
 def _dot_places(
     rng: np.random.Generator,
-    small: bool,  # small ones anywhere, too
+    small: bool,  # allow a few small ones anywhere
 ) -> tuple[np.ndarray, float]:  # place_K2: x, y as shares of width and height; radius as a share of the height
     "Draw the places of one or two slightly slanted rows of large dots, or of a few small ones anywhere."
     if small and rng.random() < 0.3:
@@ -460,9 +460,9 @@ def _dot_places(
 def draw_flash_dots(
     image_HW3: np.ndarray,  # uint8 RGB, a half or a photograph
     rng: np.random.Generator,  # draws number, places and size
-    small: bool = True,  # now and then a few small dots anywhere instead of rows of large ones
+    small: bool = True,  # sometimes a few small dots anywhere instead of rows of large ones
 ) -> np.ndarray:  # a copy with dots
-    "Cast red spots of light that keep some of the texture they fall on."
+    "Draw red spots of light through which some texture shows."
     height, width = image_HW3.shape[:2]
     place_K2, radius = _dot_places(rng, small)
     y_H1, x_W = np.arange(height)[:, None] / height, np.arange(width) / height

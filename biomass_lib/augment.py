@@ -19,14 +19,14 @@ import albumentations as A
 from .artefacts import draw_date_stamp, draw_flash_dots
 
 # %% ../notebooks/15_augment.ipynb #d46b83c5
-# in the order in which they are applied
+# in order of application
 _AUGMENT_PARTS = ("oddities", "crop", "turns", "reference", "tone", "blur", "scale", "swap")
 
 
 def _augment_parts(
     name: str,  # none, strong, or some of _AUGMENT_PARTS joined by "+"
 ) -> tuple[str, ...]:  # the parts, in the order of _AUGMENT_PARTS
-    "List the parts that a name asks for. Raises ValueError for an unknown part and for one that is named twice."
+    "List the parts in a name. Raises ValueError for an unknown or repeated part."
     if name in ("none", "strong"):
         return tuple(part for part in _AUGMENT_PARTS if part != "turns") if name == "strong" else ()
     parts = name.split("+")
@@ -41,11 +41,11 @@ def _augment_parts(
 
 # %% ../notebooks/15_augment.ipynb #3b6a3284
 class _ZoomOut(A.ImageOnlyTransform):
-    "Shrink a picture and put it at a random place on black."
+    "Shrink a picture and place it at random on black."
 
     def __init__(
         self,
-        scale: tuple[float, float] = (0.85, 1.0),  # of the side, drawn evenly from this range
+        scale: tuple[float, float] = (0.85, 1.0),  # of the side, drawn uniformly
         p: float = 0.5,
     ):
         super().__init__(p=p)
@@ -72,8 +72,8 @@ class _DrawArtefacts(A.ImageOnlyTransform):
 
     def __init__(
         self,
-        stamp: float = 0.6,  # share of the halves drawn upon that get a stamp; all others get dots
-        both: float = 0.2,  # share that get a stamp and dots
+        stamp: float = 0.6,  # share of changed halves with a stamp; the others get dots
+        both: float = 0.2,  # share with a stamp and dots
         p: float = 0.3,
     ):
         super().__init__(p=p)
@@ -91,13 +91,13 @@ class _DrawArtefacts(A.ImageOnlyTransform):
 # %% ../notebooks/15_augment.ipynb #cd2105bf
 def _part_steps(
     part: str,  # one of _AUGMENT_PARTS
-) -> list[A.BasicTransform]:  # for one half; none for swap, which concerns the photograph
+) -> list[A.BasicTransform]:  # for one half; empty for swap
     "List the steps of one part. Raises KeyError for an unknown part."
-    # the last: 0 to 3 quarter turns, each as likely
+    # the last: 0 to 3 quarter turns, equally likely
     turns = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5), A.RandomRotate90(p=1.0)]
     return {
         "oddities": [_DrawArtefacts()],
-        "crop": [A.CropAndPad(percent=(-0.08, 0.0), keep_size=True, p=0.8)],  # of each side, independently
+        "crop": [A.CropAndPad(percent=(-0.08, 0.0), keep_size=True, p=0.8)],  # each side independently
         "turns": turns,
         "reference": [*turns, A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8)],
         "tone": [A.OneOf([A.CLAHE(clip_limit=(1.0, 2.0)), A.RandomGamma(gamma_limit=(80, 120))], p=0.3)],
@@ -114,13 +114,13 @@ def _part_steps(
 
 # %% ../notebooks/15_augment.ipynb #1d241265
 class _HalfAugmentation(A.Compose):
-    "Steps for one half, and whether the two halves of a photograph may change places."
+    "Hold the steps for one half, and whether the halves of a photograph may change places."
 
     def __init__(
         self,
         steps: list[A.BasicTransform],
-        swap: bool = False,  # heeded by `augment_halves`
-        name: str = "",  # its parts; what stores augmented pictures goes by it
+        swap: bool = False,  # used by `augment_halves`
+        name: str = "",  # its parts; identifies stored augmented pictures
     ):
         super().__init__(steps, seed=0)
         self.swap, self.name = swap, name
@@ -128,7 +128,7 @@ class _HalfAugmentation(A.Compose):
 # %% ../notebooks/15_augment.ipynb #229e1643
 def half_augmentation(
     name: str = "reference",  # none, strong, or some of _AUGMENT_PARTS joined by "+"
-) -> _HalfAugmentation | None:  # for `_augment_half` and `augment_halves`; None when nothing is to be changed
+) -> _HalfAugmentation | None:  # for `_augment_half` and `augment_halves`; None for no change
     "Build the training augmentation. Raises ValueError as `_augment_parts` does."
     parts = _augment_parts(name)
     if not parts:
@@ -138,11 +138,11 @@ def half_augmentation(
 
 # %% ../notebooks/15_augment.ipynb #d87f0d72
 def _augment_half(
-    augment: A.Compose,  # of `half_augmentation`
+    augment: A.Compose,  # from `half_augmentation`
     half_SS3: np.ndarray,  # uint8
-    *seeds: int,  # what names this draw: seed, epoch, row, half; each 0 or more
+    *seeds: int,  # name this draw: seed, epoch, row, half; each 0 or more
 ) -> np.ndarray:  # half_SS3, uint8
-    "Change one half in a way that depends on `seeds` alone. Raises ValueError when no seed is given."
+    "Change one half, depending on `seeds` alone. Raises ValueError without a seed."
     if not seeds:
         raise ValueError("augment_half needs at least one seed: without it every half would be changed alike")
     generator = np.random.default_rng(seeds)
@@ -151,12 +151,12 @@ def _augment_half(
 
 # %% ../notebooks/15_augment.ipynb #e0a9b62f
 def augment_halves(
-    augment: _HalfAugmentation | None,  # of `half_augmentation`; None changes nothing
+    augment: _HalfAugmentation | None,  # from `half_augmentation`; None changes nothing
     halves_2SS3: np.ndarray,  # left and right half, uint8; never changed in place
-    *seeds: int,  # what names this draw: seed, epoch, row
+    *seeds: int,  # name this draw: seed, epoch, row
     swap: bool = True,  # exchange the halves if the augmentation does
 ) -> np.ndarray:  # halves_2SS3, uint8
-    "Change each half on its own, then exchange both if `swap` is among the parts and the coin falls so."
+    "Change each half on its own, then exchange them with probability 1/2 if `swap` is among the parts."
     if augment is None:
         return halves_2SS3
     changed_2SS3 = np.stack([_augment_half(augment, halves_2SS3[half], *seeds, half) for half in range(2)])
@@ -166,11 +166,11 @@ def augment_halves(
 
 # %% ../notebooks/15_augment.ipynb #bbf84263
 def mix_right(
-    halves_a_2SS3: np.ndarray,  # of the photograph that gives the left half
+    halves_a_2SS3: np.ndarray,  # photograph for the left half
     mass_a_5: np.ndarray,  # its masses, grams; or a tensor
-    halves_b_2SS3: np.ndarray,  # of the photograph that gives the right half
+    halves_b_2SS3: np.ndarray,  # photograph for the right half
     mass_b_5: np.ndarray,  # its masses, grams
-) -> tuple[np.ndarray, np.ndarray]:  # halves_2SS3 of the quadrat put together, and its mass_5: the mean
+) -> tuple[np.ndarray, np.ndarray]:  # halves_2SS3 of the joined quadrat; its mass_5, the mean
     "Join the left half of one photograph to the right half of another. Raises ValueError for unequal shapes."
     if halves_a_2SS3.shape != halves_b_2SS3.shape:
         raise ValueError(f"halves of the shapes {halves_a_2SS3.shape} and {halves_b_2SS3.shape} cannot be mixed")

@@ -32,7 +32,7 @@ def _without_classifier(
     backbone: nn.Module,  # timm model
     state: dict[str, torch.Tensor],  # with or without a classifier
 ) -> dict[str, torch.Tensor]:
-    "Remove the classifier, which we do not have."
+    "Remove the classifier."
     classifiers = backbone.pretrained_cfg.get("classifier") or ()
     classifiers = tuple(f"{c}." for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
     return {name: tensor for name, tensor in state.items() if not name.startswith(classifiers)}
@@ -40,9 +40,9 @@ def _without_classifier(
 
 def _fitting_state(
     backbone: nn.Module,  # timm model without a classifier
-    state: dict[str, torch.Tensor],  # of the same architecture, with or without a classifier, perhaps for another size
+    state: dict[str, torch.Tensor],  # same architecture, with or without a classifier, any size
 ) -> dict[str, torch.Tensor]:  # for load_state_dict
-    "Remove the classifier and, where a state is for another size, change it as timm's own loader would."
+    "Remove the classifier and, if the state is for another size, resample it as timm's loader does."
     own = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
     stripped = _without_classifier(backbone, state)
     if {name: tensor.shape for name, tensor in stripped.items()} == own:
@@ -56,7 +56,7 @@ def _fitting_state(
 def read_state(
     path: str | Path,  # a safetensors file
 ) -> dict[str, torch.Tensor]:  # on the CPU
-    "Read tensors from a file that nobody has to trust. Raises ValueError, with the way to convert a pickle."
+    "Read tensors from an untrusted file. Raises ValueError; for a pickle it shows how to convert it."
     path = Path(path)
     try:
         return load_file(path)
@@ -85,9 +85,9 @@ _WRAPPERS = ("module", "model", "backbone", "state_dict", "_orig_mod")
 
 def _unwrapped(
     state: dict[str, torch.Tensor],  # as read from a file
-    own: Iterable[str],  # names of the network that it is for
+    own: Iterable[str],  # names in the target network
 ) -> dict[str, torch.Tensor]:
-    "Take off the prefixes that all names share, except those of the network itself."
+    "Strip the prefixes that all names share, except the network's own."
     known = {name.partition(".")[0] for name in own}
     while True:
         first = {name.partition(".")[0] for name in state}
@@ -100,7 +100,7 @@ def state_differences(
     own: dict[str, torch.Tensor],  # of the network
     state: dict[str, torch.Tensor],  # of the file
 ) -> list[str]:  # at most three lines
-    "Describe how names and shapes differ: how many of each kind, and three of them."
+    "Describe how names and shapes differ: the number of each kind, and three examples."
     shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
     groups = {
         "missing": [repr(name[:80]) for name in own if name not in state],
@@ -116,9 +116,9 @@ def state_differences(
 # %% ../notebooks/20_backbones.ipynb #99117cc5
 def _fitting_sister(
     name: str,  # timm model that the file does not fit
-    state: dict[str, torch.Tensor],  # of the file, prefixes taken off
-) -> str:  # another timm model; empty: none of those with close names
-    "Find the model with a name like this one's that the file fits, at timm's own size of picture."
+    state: dict[str, torch.Tensor],  # of the file, without prefixes
+) -> str:  # a timm model; empty: none with a similar name fits
+    "Find a similarly named model that the file fits, at timm's default picture size."
     for sister in difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=12, cutoff=0.5):
         probe = _outline(sister)
         if not state_differences(probe.state_dict(), _without_classifier(probe, state)):
@@ -128,10 +128,10 @@ def _fitting_sister(
 # %% ../notebooks/20_backbones.ipynb #01b36622
 def _load_backbone_file(
     backbone: nn.Module,  # timm model without a classifier, changed in place
-    path: str | Path,  # safetensors file with timm's names, alike prefixes or not
-    img_size: int = 0,  # pixels of a picture's side, for the message; 0: not known
+    path: str | Path,  # safetensors file with timm's names, prefixed or not
+    img_size: int = 0,  # side in pixels, for the message; 0: unknown
 ) -> None:
-    "Load local backbone weights strictly. Raises FileNotFoundError, or ValueError that says which tensors do not fit."
+    "Load local backbone weights strictly. Raises FileNotFoundError, or ValueError listing the tensors that do not fit."
     path, own = Path(path), backbone.state_dict()
     if not path.is_file():
         raise FileNotFoundError(f"backbone_weights: {path} does not exist")
@@ -141,7 +141,7 @@ def _load_backbone_file(
         raise ValueError(f"backbone_weights: {error}") from error
     try:
         backbone.load_state_dict(_fitting_state(backbone, state), strict=True)
-    except Exception as error:  # timm's filters fail in their own ways on a file that is none of theirs
+    except Exception as error:  # timm's filters raise anything on a foreign file
         name, native = backbone.pretrained_cfg["architecture"], backbone.pretrained_cfg["input_size"][-1]
         at = f" built for pictures of {img_size} px, where timm's own weights are for {native} px" if img_size else ""
         lines = [
@@ -159,8 +159,8 @@ def _load_backbone_file(
 def _outline(
     name: str,  # timm model name
     **options: Any,  # for timm.create_model
-) -> nn.Module:  # in eval mode, its tensors without content where timm allows it
-    "Build a network to ask for its shapes. Raises TypeError for options that this architecture does not have."
+) -> nn.Module:  # in eval mode, without content if timm allows it
+    "Build a network to ask for its shapes. Raises TypeError for options that the architecture lacks."
     try:
         with torch.device("meta"):
             return timm.create_model(name, num_classes=0, **options).eval()
@@ -169,20 +169,20 @@ def _outline(
 
 
 def _shapes_only(
-    probe: nn.Module,  # of `_outline`
-) -> AbstractContextManager:  # in which pictures for it are made, on its device, and sent through it
-    "Return a context in which nothing is computed, wherever the network lies."
+    probe: nn.Module,  # from `_outline`
+) -> AbstractContextManager:  # create and run pictures on its device inside
+    "Return a context that computes shapes only, on any device."
     if next(probe.parameters()).device.type == "meta":
         return nullcontext()
-    from torch._subclasses import FakeTensorMode  # not public, and needed with older versions of timm only
+    from torch._subclasses import FakeTensorMode  # not public; needed only for older timm
 
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 # %% ../notebooks/20_backbones.ipynb #0a8fc498
 def patch_size(
     backbone: nn.Module,  # a timm model
-) -> int:  # pixels; 1 where there are no patches, or any size will do
-    "Return the side of a transformer's patch, when its grid must be whole."
+) -> int:  # pixels; 1 without patches, or if any size works
+    "Return the side of a transformer's patch if its grid must be whole."
     embed = getattr(backbone, "patch_embed", getattr(backbone, "stem", None))
     tokens = getattr(backbone, "num_prefix_tokens", 0) or hasattr(backbone, "pos_embed")
     if not tokens and not isinstance(embed, PatchEmbed):
@@ -195,15 +195,15 @@ def _whole_side(
     side: int,  # pixels
     patch: int,  # side of a patch
 ) -> int:  # pixels: the nearest size that is a whole number of patches
-    "Round a side, of networks and of pictures alike."
+    "Round a side to whole patches, for networks and pictures."
     return max(1, round(side / patch)) * patch
 
 
 def whole_patches(
     pixels_NCHW: torch.Tensor,  # normalised
     patch: int,  # side of a patch
-) -> torch.Tensor:  # sides as of `_whole_side`
-    "Resample to whole patches; pictures that fit are returned as they are."
+) -> torch.Tensor:  # sides from `_whole_side`
+    "Resample to whole patches; pictures that fit are returned unchanged."
     size = [_whole_side(side, patch) for side in pixels_NCHW.shape[-2:]]
     if list(pixels_NCHW.shape[-2:]) == size:
         return pixels_NCHW
@@ -215,13 +215,13 @@ def _runs_at(
     side: int,  # pixels of a picture's side
     options: dict[str, Any],  # for timm.create_model
 ) -> bool:
-    "Try whether such a network can be built and takes such pictures."
+    "Test whether the network can be built and takes pictures of this side."
     try:
         probe = _outline(name, **options)
         with torch.no_grad(), _shapes_only(probe):
             probe(torch.zeros(1, 3, side, side, device=next(probe.parameters()).device))
     except (TypeError, AssertionError, RuntimeError, ValueError, ArithmeticError):
-        return False  # an argument that this architecture does not have, or what timm's families raise for sizes
+        return False  # unknown argument, or an unsupported size
     return True
 
 # %% ../notebooks/20_backbones.ipynb #5c13f4ab
@@ -229,7 +229,7 @@ def size_options(
     name: str,  # timm model name
     img_size: int,  # pixels of a picture's side
 ) -> dict[str, Any]:  # for timm.create_model
-    "Choose how to build a model for a size of picture. Raises ValueError, naming the nearest, for one it cannot take."
+    "Choose how to build a model for a picture size. Raises ValueError for a bad size, naming the nearest good one."
     known = timm.get_pretrained_cfg(name)
     if not known.fixed_input_size:
         return {}
@@ -248,9 +248,9 @@ def size_options(
 
 # %% ../notebooks/20_backbones.ipynb #e635e5dd
 def _advice_on_name(
-    name: str,  # that timm does not know
+    name: str,  # unknown to timm
 ) -> str:
-    "Suggest what might have been meant."
+    "Suggest similar names."
     if ":" in name:
         return "models of a hub are not looked up: name the timm model, and give its weights by backbone_weights"
     base = name.split(".")[0]
@@ -264,9 +264,9 @@ def create_backbone(
     pretrained: bool = False,  # timm downloads the weights
     backbone_weights: str | Path = "",  # local safetensors file instead
 ) -> nn.Module:  # picture_N3SS -> features_ND
-    """Create a timm model that ends in its pooled features.
+    """Create a timm model that returns its pooled features.
 
-    Raises ValueError for unknown names and tags, and sizes that it cannot take; RuntimeError when a download fails."""
+    Raises ValueError for an unknown name or tag or a bad size, RuntimeError if a download fails."""
     if not timm.is_model(name):
         raise ValueError(f"backbone {name!r} is not a timm {timm.__version__} model; {_advice_on_name(name)}")
     try:
@@ -295,7 +295,7 @@ def token_map(
     backbone: nn.Module,  # from create_backbone
     pixels_NCHW: torch.Tensor,  # normalised, whole patches
 ) -> torch.Tensor:  # tokens_NDHW
-    "Compute the last feature map of any architecture. Raises ValueError for one whose tokens are no map."
+    "Compute the last feature map of any architecture. Raises ValueError if its tokens form no map."
     features = backbone.forward_features(pixels_NCHW)
     width = backbone.num_features
     ndim = getattr(features, "ndim", None)
@@ -320,7 +320,7 @@ def _maps_and_class(
     pixels_NCHW: torch.Tensor,  # normalised, whole patches
     layers: tuple[int, ...],  # from the end, -1 is the last
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:  # tokens_NDHW and class_ND of each; None: no class token
-    "Run a network once for several layers. Raises ValueError for layers, networks and sizes that do not go together."
+    "Run a network once for several layers. Raises ValueError if layers, network and size do not match."
     name = backbone.pretrained_cfg["architecture"]
     if not layers or len(set(layers)) < len(layers) or max(layers) >= 0:
         raise ValueError(f"layers {list(layers)}: count them from the end, -1 is the last, and name each once")
@@ -346,7 +346,7 @@ def layer_maps(
 ) -> list[torch.Tensor]:  # tokens_NDHW of each, in the order of layers
     """Compute the maps of several layers, without class and register tokens.
 
-    Raises ValueError for a network that timm knows only the last layer of, and for layers that it does not have."""
+    Raises ValueError for an unknown layer, or if timm returns only the last layer of this network."""
     return [tokens_NDHW for tokens_NDHW, _ in _maps_and_class(backbone, pixels_NCHW, layers)]
 
 # %% ../notebooks/20_backbones.ipynb #8d6532c2
@@ -357,7 +357,7 @@ def pool_map(
     tokens_NDHW: torch.Tensor,
     pool: str,  # mean, max, min or gem
 ) -> torch.Tensor:  # vector_ND, float32
-    "Pool a map without any parameters. Raises ValueError for an unknown way."
+    "Pool a map without parameters. Raises ValueError for an unknown pool."
     tokens_NDT = tokens_NDHW.float().flatten(2)
     if pool == "gem":
         return tokens_NDT.clamp(min=1e-6).pow(3).mean(dim=2).pow(1 / 3)
@@ -389,14 +389,14 @@ def pooled_widths(
     layers: tuple[int, ...] = (-1,),  # from the end, -1 is the last
     pools: tuple[str, ...] = ("mean",),  # of MAP_POOLS
 ) -> list[int]:  # numbers in each block: size by size, layer by layer, pool by pool
-    "Ask a network for the widths of its pooled layers. Raises ValueError as `pooled_layers`, and for other sizes."
+    "Measure the widths of a network's pooled layers. Raises ValueError as `pooled_layers` does, and for a bad size."
     widths, device, patch = [], next(backbone.parameters()).device, patch_size(backbone)
     for side in sides:
         shape = (1, 3, *[_whole_side(side, patch)] * 2)
         try:
             with torch.no_grad(), _shapes_only(backbone):
                 blocks = pooled_layers(backbone, torch.zeros(shape, device=device), layers, pools)
-        except (TypeError, RuntimeError, ArithmeticError) as error:  # what timm's families raise for sizes
+        except (TypeError, RuntimeError, ArithmeticError) as error:  # raised by timm's families for a bad size
             name = backbone.pretrained_cfg["architecture"]
             raise ValueError(f"backbone {name} cannot take pictures of {side} px, too: {error}") from error
         widths += [block.shape[1] for block in blocks]
@@ -423,7 +423,7 @@ def drop_head(
         probe.forward_head(features, pre_logits=True)
     unused = set(called) - needed
     for path in sorted(unused):
-        if not any(path.startswith(f"{other}.") for other in unused):  # what lies inside goes with it
+        if not any(path.startswith(f"{other}.") for other in unused):  # parts of it go with it
             parent, _, child = path.rpartition(".")
             setattr(backbone.get_submodule(parent), child, nn.Identity())
 
@@ -431,13 +431,13 @@ def drop_head(
 def layer_numbers(
     backbone: nn.Module,  # from create_backbone
 ) -> dict[str, int]:  # parameter name -> layer, 0 next to the picture
-    "Number the layer of each parameter. Raises ValueError for a family that timm has no layers for."
+    "Number the layer of each parameter. Raises ValueError for a family without layers in timm."
     if not hasattr(backbone, "group_matcher"):
         raise ValueError(f"timm knows no layers of {type(backbone).__name__}; set unfreeze = all and layer_decay = 1.0")
-    from timm.models._manipulate import group_with_matcher  # not public, and needed in training only
+    from timm.models._manipulate import group_with_matcher  # not public; needed only in training
 
     dims = {name: parameter.ndim for name, parameter in backbone.named_parameters()}
-    named = [(name, None) for name in (*dims, "?")]  # a name that no pattern of timm's knows is counted with the heads
+    named = [(name, None) for name in (*dims, "?")]  # timm counts names that match no pattern with the heads
     layer_of = group_with_matcher(named, backbone.group_matcher(coarse=False), reverse=True)
     heads = layer_of.pop("?")
     last = max((layer for name, layer in layer_of.items() if dims[name] > 1 and layer != heads), default=heads)
@@ -445,14 +445,14 @@ def layer_numbers(
     return {name: order[min(layer, last)] for name, layer in layer_of.items()}
 
 # %% ../notebooks/20_backbones.ipynb #cd00faf0
-_LORA_LAYERS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "fc1", "fc2")  # as timm's transformers name them
+_LORA_LAYERS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "fc1", "fc2")  # names in timm's transformers
 
 
 def _reached_by_lora(
     name: str,  # timm model name
     paths: list[str],  # of linear layers
-) -> list[str]:  # those whose low-rank change has a part in the features
-    "Find the layers that are called, not only asked for their matrix."
+) -> list[str]:  # those whose low-rank change affects the features
+    "Find the layers that the network calls, instead of using only their matrix."
     from peft import LoraConfig, inject_adapter_in_model
 
     probe = _outline(name)
@@ -468,7 +468,7 @@ def add_lora(
     backbone: nn.Module,  # from create_backbone; changed in place, its own weights are frozen
     rank: int,  # width of the thin matrices
 ) -> None:
-    """Add low-rank changes to all linear layers of the blocks; a warning names those that cannot have any.
+    """Add low-rank changes to all linear layers of the blocks; warn about those that cannot have any.
 
     Raises ImportError without `peft`, ValueError for a network without such layers."""
     try:
@@ -501,7 +501,7 @@ def add_lora(
 def merged_state(
     model: nn.Module,  # with or without low-rank changes
 ) -> dict[str, torch.Tensor]:  # names and tensors of the same network without them
-    "Return the state of a model, low-rank changes added to the matrices they belong to."
+    "Return a model's state with low-rank changes added to their matrices."
     changes = {f"{path}.": module for path, module in model.named_modules() if hasattr(module, "get_delta_weight")}
     state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
     for path, module in changes.items():

@@ -31,9 +31,9 @@ def rng_state() -> dict[str, Any]:  # tensors and numbers
 
 # %% ../notebooks/31_checkpoint.ipynb #84922cd2
 def set_rng_state(
-    state: dict[str, Any],  # of `rng_state`
+    state: dict[str, Any],  # from `rng_state`
 ) -> None:
-    "Go on with the random numbers of another process. Generators of GPUs that are not here are left out."
+    "Restore the state of all random generators. Skips GPUs that this machine does not have."
     torch.set_rng_state(state["torch"])
     for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(cuda_state, device)
@@ -46,8 +46,8 @@ def set_rng_state(
 def storable(
     value: Any,  # nested dicts and lists of tensors, numbers and text
     where: str = "state",  # for the message
-) -> Any:  # the same of exactly the types that `load_checkpoint` reads
-    "Convert numpy's numbers to Python's, and so on. Raises TypeError naming the place of what could not be read again."
+) -> Any:  # the same, in types that `load_checkpoint` reads
+    "Convert a state to storable types, numpy's to Python's, say. Raises TypeError naming the place of any other."
     if value is None or isinstance(value, torch.Tensor):
         return value
     if isinstance(value, np.ndarray):
@@ -68,7 +68,7 @@ _MAGIC = b"biomass checkpoint 2\n"
 
 
 class _Summed:
-    "Add up what passes into a file, and remember why it could not."
+    "Checksum the data written to a file, and remember the error if writing fails."
 
     def __init__(self, file: BinaryIO):
         self.file, self.crc, self.flush, self.error = file, 0, file.flush, None
@@ -84,13 +84,13 @@ class _Summed:
 
 def _write_state(
     file: BinaryIO,
-    state: dict[str, Any],  # as `storable` gives it
+    state: dict[str, Any],  # from `storable`
 ) -> None:
-    "Write magic, checksum and state. Raises OSError for a full disk, which torch would hide behind `enforce fail`."
+    "Write magic, checksum and state. Raises OSError for a full disk, which torch would report as `enforce fail`."
     file.write(_MAGIC + bytes(4))
     content = _Summed(file)
     try:
-        torch.save(state, content)  # straight to the disk: a state is three or four times as large as its network
+        torch.save(state, content)  # straight to disk: a state is three or four times its network
     except RuntimeError as error:
         raise (content.error or error) from None
     file.seek(len(_MAGIC))
@@ -100,9 +100,9 @@ def _write_state(
 def save_checkpoint(
     path: str | Path,  # final name
     state: dict[str, Any],  # nested dicts and lists of tensors, numbers and text
-    guard: Callable[[], None] | None = None,  # of `write_file`: what it raises prevents the file
+    guard: Callable[[], None] | None = None,  # passed to `write_file`; raise to prevent the file
 ) -> None:
-    "Write a checkpoint completely or not at all. Raises OSError for a full disk; the last checkpoint is still there."
+    "Write a checkpoint atomically. Raises OSError for a full disk; the last checkpoint survives."
     path, state = Path(path), storable(state)
     remove_abandoned(path.parent, path.name)
     write_file(path, lambda file: _write_state(file, state), guard=guard)
@@ -110,8 +110,8 @@ def save_checkpoint(
 # %% ../notebooks/31_checkpoint.ipynb #f062b24c
 def load_checkpoint(
     path: str | Path,
-) -> dict[str, Any] | None:  # what was saved, on the CPU; None when there is none
-    "Read a checkpoint. Raises ValueError for a file that is damaged or something else."
+) -> dict[str, Any] | None:  # the state, on the CPU; None if there is no file
+    "Read a checkpoint. Raises ValueError if the file is damaged or not a checkpoint."
     path = Path(path)
     if not path.is_file():
         return None
@@ -126,8 +126,8 @@ def load_checkpoint(
 # %% ../notebooks/31_checkpoint.ipynb #3aea6c6f
 def _flattened(
     value: Any,  # nested dicts
-    name: str = "",  # of the whole
-) -> dict[str, Any]:  # the names along the way, joined by spaces -> what is there
+    name: str = "",  # prefix
+) -> dict[str, Any]:  # names joined by spaces -> value
     "Flatten nested dicts into one."
     if not isinstance(value, dict):
         return {name: value}
@@ -136,13 +136,13 @@ def _flattened(
 
 
 def check_same(
-    then: dict[str, Any],  # parameters, or other facts, of the checkpoint; also nested
-    now: dict[str, Any],  # those given
+    then: dict[str, Any],  # parameters or other facts of the checkpoint, may be nested
+    now: dict[str, Any],  # the current ones
     what: str = "the training was begun with other parameters",  # for the message
     remedy: str = "remove last.ckpt to begin anew",  # for the message
     free: tuple[str, ...] = (),  # names that may differ
 ) -> None:
-    "Compare two sets of facts. Raises ValueError that lists everything that has changed."
+    "Compare two sets of facts. Raises ValueError listing all changes."
     then, now = _flattened(then), _flattened(now)
     names = [name for name in {**then, **now} if name not in free]
     pairs = {name: tuple(str(side.get(name, "not there")) for side in (then, now)) for name in names}
@@ -154,16 +154,16 @@ def check_same(
 
 # %% ../notebooks/31_checkpoint.ipynb #cf9c52c4
 def environment() -> dict[str, str]:
-    "Describe what, besides parameters, decides the last digits."
+    "Describe the parts of the environment that decide the last digits."
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
     return {"torch": str(torch.__version__), "device": device, "threads": str(torch.get_num_threads())}
 
 # %% ../notebooks/31_checkpoint.ipynb #8edae833
 def environment_changes(
-    then: dict[str, str],  # of `environment`, from the checkpoint
+    then: dict[str, str],  # from `environment`, in the checkpoint
     now: dict[str, str],
-) -> str:  # empty when nothing has changed
-    "Say in a line what has changed."
+) -> str:  # empty if nothing has changed
+    "Describe the changes in a line."
     changed = [
         f"{name} {then.get(name)} -> {now.get(name)}" for name in {**then, **now} if then.get(name) != now.get(name)
     ]

@@ -26,13 +26,13 @@ REMEDY = (
     "download the data with `kaggle competitions download -c csiro-biomass` and unzip them, "
     "or render some with `biomass_demo`"
 )
-_SIZES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of the segments that begin with the picture's size
+_SIZES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of segments that start with the picture's size
 
 
 def jpeg_header(
     file: BinaryIO,  # a JPEG
-) -> tuple[int, int, int]:  # where the compressed data begin (-1: the header is damaged), width, height
-    "Hop over the segments of the header, thumbnails included. Where a file is cut there, data begin behind its end."
+) -> tuple[int, int, int]:  # start of the compressed data (-1: damaged header), width, height
+    "Hop over the header's segments, thumbnails included. If the file ends there, the data begin behind its end."
     at, width, height = 2, 0, 0
     while True:
         file.seek(at)
@@ -50,9 +50,9 @@ def jpeg_header(
 
 # %% ../notebooks/11_images.ipynb #b0f5c0a1
 def missing_hint(
-    path: str | Path,  # of a photograph that is not there
-) -> str:  # empty: nothing to be seen
-    "Say why a photograph is not found under its name, where backslashes or capital letters are to blame."
+    path: str | Path,  # of a missing photograph
+) -> str:  # empty: no idea
+    "Explain why a photograph is missing, if backslashes or capital letters are to blame."
     path = Path(path)
     if "\\" in path.name:
         return f"image_path uses backslashes; write {path.name.replace(chr(92), '/')}"
@@ -69,7 +69,7 @@ def missing_hint(
 def check_photo_file(
     path: str | Path,  # a photograph
 ) -> None:
-    """Look at both ends of a file without decoding it, in a fraction of a millisecond.
+    """Check both ends of a file without decoding it, in a fraction of a millisecond.
 
     Raises FileNotFoundError for a missing file, ValueError for one that is empty, truncated, too large or has a damaged
     header."""
@@ -106,23 +106,23 @@ FLAT_SHARE = 0.15  # of the height
 def flat_bottom(
     photo_HW3: np.ndarray,  # RGB
 ) -> float:  # share of the height
-    "Measure how much of the picture, from below, is one flat colour in each row."
+    "Measure the share of the picture, from below, whose rows have one flat colour."
     few_HK3 = photo_HW3[:, ::4]
     uneven_H = (few_HK3.max(axis=1) - few_HK3.min(axis=1)).max(axis=-1) > 4
     return float(np.argmax(uneven_H[::-1]) / len(uneven_H)) if uneven_H.any() else 1.0
 
 # %% ../notebooks/11_images.ipynb #002cee66
-_GREY = 128  # where the decoder had no data
+_GREY = 128  # the decoder's colour for missing data
 
 
 def grey_bottom(
     photo_HW3: np.ndarray,  # decoded, RGB or BGR
-) -> float:  # share of the height; 0 where the last row is not grey
-    "Measure how much of the picture, from below, the decoder has filled for want of data."
+) -> float:  # share of the height; 0 if the last row is not grey
+    "Measure the share of the picture, from below, that the decoder filled in."
     return flat_bottom(photo_HW3) if (photo_HW3[-1] == _GREY).all() else 0.0
 
 # %% ../notebooks/11_images.ipynb #ce47a3e9
-_HOLE = bytes(4096)  # a block of a disk that was lost
+_HOLE = bytes(4096)  # a lost disk block
 _JPEG_SCALES = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -146,7 +146,7 @@ def read_photo(
         raise ValueError(f"photograph {path} cannot be decoded: it is neither a JPEG nor a PNG; fetch it again")
     is_jpeg = kind == "JPEG"
     start = jpeg_header(io.BytesIO(data))[0] if is_jpeg else len(data)
-    if data.find(_HOLE, start, data.find(_ENDINGS["JPEG"][1], start)) >= 0:  # in the picture, not in what follows it
+    if data.find(_HOLE, start, data.find(_ENDINGS["JPEG"][1], start)) >= 0:  # only within the picture
         raise ValueError(f"photograph {path} has a hole, {len(_HOLE)} zeros or more, in its picture: fetch it again")
     photo_HW3 = cv2.imdecode(np.frombuffer(data, np.uint8), _JPEG_SCALES[scale if is_jpeg else 1])
     if photo_HW3 is None:
@@ -162,7 +162,7 @@ def read_photo(
 def split_halves(
     photo_HW3: np.ndarray,  # a whole photograph
 ) -> np.ndarray:  # halves_2HW3: left, right, each W // 2 wide
-    "Cut a photograph into its left and its right half."
+    "Cut a photograph into its left and right half."
     half = photo_HW3.shape[1] // 2
     return np.stack([photo_HW3[:, :half], photo_HW3[:, -half:]])
 
@@ -171,7 +171,7 @@ def resize_halves(
     halves_2HW3: np.ndarray,  # left and right half
     img_size: int,  # side of the result, pixels
 ) -> np.ndarray:  # halves_2SS3
-    "Resize both halves to squares of `img_size` pixels. Raises ValueError when `img_size` is below 1."
+    "Resize both halves to squares of `img_size` pixels. Raises ValueError if `img_size` is below 1."
     if img_size < 1:
         raise ValueError(f"parameter img_size = {img_size} must be at least 1 pixel")
     shrinks = img_size <= min(halves_2HW3.shape[1:3])
@@ -186,14 +186,14 @@ def jpeg_scale(
     height: int,  # of the photograph, pixels
     img_size: int,  # wanted side of a half, pixels
 ) -> int:  # 1, 2, 4 or 8
-    "Choose the largest reduction in the decoder after which a half still has 3.5 times the wanted side."
+    "Choose the decoder's largest reduction that still leaves 3.5 times the wanted side."
     return max(scale for scale in _JPEG_SCALES if scale == 1 or height // scale >= _OVERSAMPLING * img_size)
 
 # %% ../notebooks/11_images.ipynb #f3e513e6
 def photo_reader(
     path: str | Path,  # a photograph
-) -> Callable[[int, str], np.ndarray]:  # (scale of `read_photo`, clean of `clean_photo`) -> photo_HW3
-    "Make a reader of one photograph that does nothing twice."
+) -> Callable[[int, str], np.ndarray]:  # (scale for `read_photo`, clean for `clean_photo`) -> photo_HW3
+    "Make a caching reader for one photograph."
 
     @cache
     def decode(scale: int) -> np.ndarray:
@@ -210,12 +210,12 @@ def load_halves(
     path: str | Path,  # a photograph
     img_size: int,  # side of each half, pixels
     clean: str = "none",  # none, inpaint, crop or both
-    read: Callable[[int, str], np.ndarray] | None = None,  # from `photo_reader`, to be shared; None: its own
+    read: Callable[[int, str], np.ndarray] | None = None,  # shared, from `photo_reader`; None: a new one
 ) -> np.ndarray:  # halves_2SS3, uint8, RGB: left, right
-    "Read a photograph, clean it if asked to, cut it into halves, resize them. Raises as the four steps do."
+    "Read a photograph, clean it if asked, cut it into halves and resize them. Raises as the four steps do."
     read = read or photo_reader(path)
     scale = jpeg_scale(1000, img_size) if clean == "none" else 1
     photo_HW3 = read(scale, clean)
-    if scale > 1 and scale > jpeg_scale(photo_HW3.shape[0] * scale, img_size):  # a photograph smaller than usual
+    if scale > 1 and scale > jpeg_scale(photo_HW3.shape[0] * scale, img_size):  # a small photograph
         photo_HW3 = read(1, clean)
     return resize_halves(split_halves(photo_HW3), img_size)

@@ -73,7 +73,7 @@ def seed_everything(
 def _stage_plan(
     config: Config,
 ) -> list[int]:  # the stage of each epoch, 1 (frozen) or 2 (everything)
-    "List which epoch belongs to which stage."
+    "List the stage of each epoch."
     return [1] * config.stage1_epochs + [2] * config.stage2_epochs
 
 
@@ -81,8 +81,8 @@ def _epoch_rates(
     config: Config,
     epoch: int,  # from 1
     steps: int,  # of the optimizer in an epoch
-) -> list[tuple[float, float]]:  # learning rates of each step: of the heads, of the backbone
-    "Compute the learning rates of an epoch: warm-up and schedule over the whole of its stage."
+) -> list[tuple[float, float]]:  # learning rates of each step: heads, backbone
+    "Compute the learning rates of an epoch; warm-up and schedule span its whole stage."
     c = config
     if epoch <= c.stage1_epochs:
         before, epochs, peaks = epoch - 1, c.stage1_epochs, (c.stage1_lr, 0.0)
@@ -98,7 +98,7 @@ def _unfrozen_layers(
     config: Config,
     epoch: int,  # from 1
     layers: int,  # of the backbone
-) -> int | None:  # from the end of the backbone; None: all
+) -> int | None:  # counted from the end of the backbone; None: all
     "Compute how many layers of the backbone an epoch trains."
     begun = epoch - config.stage1_epochs  # 1 in the first epoch of stage 2
     if begun < 1:
@@ -114,25 +114,25 @@ def _unfrozen_layers(
 # %% ../notebooks/35_loop.ipynb #c9c626c9
 @dataclass
 class _Progress:
-    "Hold how far a training has come. The names of the fields are those of the checkpoint."
+    "Hold how far a training has come. Its field names are the keys of the checkpoint."
 
-    epoch: int = 1  # being trained, from 1
+    epoch: int = 1  # now being trained, from 1
     step: int = 0  # steps done in it
     sums_7: torch.Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))  # see `train_step`
-    skipped: int = 0  # steps left out in this epoch
-    in_a_row: int = 0  # of them, the last ones without a good step between
-    best_score: float = -math.inf  # minus the held-out loss where the score is not defined
+    skipped: int = 0  # steps skipped in this epoch
+    in_a_row: int = 0  # steps skipped since the last good one
+    best_score: float = -math.inf  # minus the held-out loss if the score is undefined
     best_epoch: int = 0
-    best_sha256: dict[str, str] = field(default_factory=dict)  # of its two files, by suffix
+    best_sha256: dict[str, str] = field(default_factory=dict)  # of the two files of the best weights, by suffix
     best_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # held-out masses at the best epoch
-    last_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # and at the last one
-    best_sd_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # their sds, with aux = spread
+    last_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # and at the last epoch
+    best_sd_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))  # standard deviations with aux = spread
     last_sd_N5: torch.Tensor = field(default_factory=lambda: torch.empty(0, 5))
 
 # %% ../notebooks/35_loop.ipynb #f5e02755
 @dataclass
 class Training:
-    "Hold what the functions of a training share."
+    "Hold the state that the functions of a training share."
 
     model: MassModel  # from create_model
     config: Config
@@ -143,12 +143,12 @@ class Training:
     aux: AuxLoss | None  # of the auxiliary heads
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    averaged: Averaged | None  # weights that are validated and kept in place of the trained ones
+    averaged: Averaged | None  # validated and kept in place of the trained weights
     log: RunLog
     progress: _Progress
-    runner: nn.Module | None = None  # of the present stage: batch -> outputs of the model
-    facts: dict[str, Any] = field(default_factory=dict)  # of `_training_facts`: a resumed training must have the same
-    guard: Callable[[], None] | None = None  # called before each file gets its name; what it raises prevents it
+    runner: nn.Module | None = None  # of the current stage: batch -> outputs of the model
+    facts: dict[str, Any] = field(default_factory=dict)  # from `_training_facts`; must match when you resume
+    guard: Callable[[], None] | None = None  # called before each file is renamed into place; raise to prevent that
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -160,7 +160,7 @@ class Training:
 def _breaks_channels_last(
     model: nn.Module,
 ) -> bool:
-    "Tell whether a model has a strided 1 x 1 convolution with few inputs, whose gradient torch gets wrong on a CPU."
+    "Tell whether a model has a strided 1 x 1 convolution with few inputs; on a CPU, torch gets its gradient wrong."
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     return any(c.kernel_size == (1, 1) and max(c.stride) > 1 and c.in_channels < 16 for c in convolutions)
 
@@ -169,7 +169,7 @@ def _checkpoint_activations(
     model: MassModel,
     name: str,  # of its backbone, for the message
 ) -> None:
-    "Let the backbone compute its activations twice, to save memory. Raises ValueError for one that cannot."
+    "Save memory by computing the backbone's activations twice. Raises ValueError for a backbone that cannot."
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.backbone.modules()):
         raise ValueError(
             f"grad_checkpointing: {name} has batch norms, whose statistics would move twice a step; "
@@ -182,9 +182,9 @@ def _checkpoint_activations(
 
 
 def _compile_backbone(model: MassModel) -> None:
-    "Compile the backbone in place, so that the names of the weights stay."
+    "Compile the backbone in place, which keeps the names of the weights."
     model.backbone.compile()
-    model.backbone.forward_features = torch.compile(model.backbone.forward_features)  # of models that read the map
+    model.backbone.forward_features = torch.compile(model.backbone.forward_features)  # for models reading the map
 
 # %% ../notebooks/35_loop.ipynb #85bda3cb
 def _keeps_statistics(
@@ -201,11 +201,11 @@ def make_training(
     out_dir: Path,
     scale_g: float,  # grams that count as 1 in the loss
     table: pd.DataFrame | None = None,  # training photographs, for auxiliary heads
-    guard: Callable[[], None] | None = None,  # of `write_file`
+    guard: Callable[[], None] | None = None,  # passed to `write_file`
 ) -> Training:
-    "Assemble a training. Raises ValueError for a precision or memory saving that device or backbone do not have."
+    "Assemble a training. Raises ValueError if the device lacks the precision or the backbone the memory saving."
     c = config
-    set_deterministic(config.deterministic)  # before pick_device multiplies two matrices to try the GPU
+    set_deterministic(config.deterministic)  # first, because pick_device multiplies two matrices to test the GPU
     device = pick_device()
     dtype = autocast_dtype(config.amp, device)
     set_tf32(device, config.tf32)
@@ -250,8 +250,8 @@ class _Runner(nn.Module):
 def _compared(
     outputs: dict[str, torch.Tensor],  # of the model
     true_B5: torch.Tensor,  # grams
-) -> tuple[torch.Tensor, torch.Tensor]:  # predicted and true grams, a row a sample
-    "Pair predictions with the truth: a sample is a photograph, or each half of it where a model tells them apart."
+) -> tuple[torch.Tensor, torch.Tensor]:  # predicted and true grams, one row per sample
+    "Pair predictions with the truth, one sample per photograph, or per half if the model predicts halves."
     if "half_mass_25" not in outputs:
         return outputs["mass_5"], true_B5
     return outputs["half_mass_25"].flatten(0, 1), true_B5.repeat_interleave(2, dim=0)
@@ -260,8 +260,8 @@ def _compared(
 def _spread_of(
     t: "Training",
     outputs: dict[str, torch.Tensor],  # of the model
-) -> torch.Tensor | None:  # sd_B5, grams; None: nobody asked
-    "Return the predicted spreads of the masses."
+) -> torch.Tensor | None:  # sd_B5, grams; None: not trained
+    "Return the predicted standard deviations of the masses."
     return spread_g(outputs["spread"], t.model.spec["aux"]["spread"]) if "spread" in outputs else None
 
 
@@ -276,10 +276,10 @@ def _to_device(
 def _accumulate_gradients(
     t: Training,
     batches: list[dict[str, torch.Tensor]],  # of one step
-    rows: list[int],  # photographs of each batch, stand-ins not counted
-    total: float,  # photographs of the step in all processes
+    rows: list[int],  # photographs in each batch, without stand-ins
+    total: float,  # photographs in the step, over all processes
 ) -> torch.Tensor:  # sums_4: loss and its three parts, times photographs
-    "Add up the gradients of several batches as if they were one."
+    "Accumulate the gradients of several batches as if they were one."
     sums_4 = torch.zeros(4, dtype=torch.float64, device=t.device)
     for number, (batch, count) in enumerate(zip(batches, rows, strict=True), start=1):
         not_yet = hasattr(t.runner, "no_sync") and number < len(batches)
@@ -300,7 +300,7 @@ def _bad_steps_in_a_row(
     loss: float,
     norm: float,  # of the gradient
 ) -> int:  # 0: take this step
-    "Count the steps in a row that must be left out, this one included. Raises FloatingPointError where training stops."
+    "Count the steps to skip in a row, including this one. Raises FloatingPointError if training must stop."
     p = t.progress
     where = f"epoch {p.epoch}, step {p.step + 1}"
     if not (t.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)):
@@ -312,30 +312,30 @@ def _bad_steps_in_a_row(
 # %% ../notebooks/35_loop.ipynb #19716bf5
 def _copy_statistics(
     t: Training,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:  # buffers and their values; empty where no step is skipped
+) -> list[tuple[torch.Tensor, torch.Tensor]]:  # buffers and their values; empty if steps are never skipped
     "Copy the running statistics of a model whose steps may be skipped."
     skips = t.config.nonfinite == "skip"
     return [(buffer, buffer.clone()) for buffer in t.model.buffers() if skips and buffer.is_floating_point()]
 
 
 def _restore_statistics(
-    copies: list[tuple[torch.Tensor, torch.Tensor]],  # of `_copy_statistics`
+    copies: list[tuple[torch.Tensor, torch.Tensor]],  # from `_copy_statistics`
 ) -> None:
-    "Undo what a skipped step did to the running statistics."
+    "Restore the running statistics from before a skipped step."
     for buffer, before in copies:
         buffer.copy_(before)
 
 # %% ../notebooks/35_loop.ipynb #09dcd57c
 def train_step(
     t: Training,
-    batches: list[dict[str, torch.Tensor]],  # one, or several that are summed up
+    batches: list[dict[str, torch.Tensor]],  # one, or several to accumulate
     rates: tuple[float, float],  # learning rates of the heads and of the backbone
 ) -> torch.Tensor:  # sums_7: photographs; loss and its three parts, times photographs; gradient norm; steps
-    "Take one step of the optimizer. Raises FloatingPointError when the loss is not finite, see `check_finite`."
+    "Take one optimizer step. Raises FloatingPointError if the loss is not finite, see `check_finite`."
     for group in t.optimizer.param_groups:
         group["lr"] = rates[group["backbone"]] * group["lr_scale"]
     rows = [int((batch["index"] != STAND_IN).sum()) for batch in batches]
-    total = float(reduce_sum(torch.tensor(float(sum(rows)))))  # on the CPU: a GPU need not be waited for
+    total = float(reduce_sum(torch.tensor(float(sum(rows)))))  # on the CPU, so that we don't wait for the GPU
     statistics = _copy_statistics(t)
     sums_4 = _accumulate_gradients(t, batches, rows, total)
     t.scaler.unscale_(t.optimizer)
@@ -373,7 +373,7 @@ def _train_epoch(
     loader: DataLoader | BankLoader,  # of a HalvesDataset with masses
     rates_S: list[tuple[float, float]],  # learning rates of each step, of heads and backbone
 ) -> tuple[dict[str, float], dict[str, float]]:  # means over the epoch, under their logged names; its speed
-    "Train an epoch to its end. Raises as `train_step` does."
+    "Train the rest of an epoch. Raises as `train_step` does."
     t.runner.train()
     p, clock, several = t.progress, StepClock(), t.config.accumulate
     batches = islice(iter(loader), p.step * several, None)
@@ -391,7 +391,7 @@ def _train_epoch(
 def _predict_held_out(
     t: Training,
     loader: DataLoader,  # without augmentation
-) -> tuple[torch.Tensor, torch.Tensor]:  # mass_N5 in the order of the table, and sd_N5, with aux = spread, or empty_N0
+) -> tuple[torch.Tensor, torch.Tensor]:  # mass_N5 in table order; sd_N5 with aux = spread, else empty_N0
     "Predict held-out photographs. Raises FloatingPointError for predictions that are not finite."
     rows, preds = [], []
     for batch in loader:
@@ -418,10 +418,8 @@ _VALID_NAMES = ("val/loss", "val/score", "val/r2_total", "val/r2_gdm", "val/r2_g
 def validate(
     t: Training,
     loader: DataLoader,  # without augmentation
-) -> tuple[
-    dict[str, float], np.ndarray, np.ndarray
-]:  # logged values; mass_N5 in the order of the table; sd_N5 or empty_N0
-    """Measure loss, official score and per-target R2 of a held-out set; a score that is not defined is NaN.
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:  # logged values; mass_N5 in table order; sd_N5 or empty_N0
+    """Measure loss, official score and per-target R2 of a held-out set; an undefined score is NaN.
 
     Raises FloatingPointError for predictions that are not finite."""
     t.model.eval()
@@ -431,7 +429,7 @@ def validate(
     loss, _ = t.criterion(pred_N5.to(t.device), true_N5.to(t.device), spread_N5)
     mass_N5 = pred_N5.double().numpy()
     r2 = r2_per_target(true_N5.numpy(), mass_N5)
-    defined = len(torch.unique(true_N5)) > 1  # a held-out visit of bare quadrats has no spread to explain
+    defined = len(torch.unique(true_N5)) > 1  # a held-out visit of bare quadrats has no variance to explain
     score = weighted_r2(true_N5.numpy(), mass_N5) if defined else math.nan
     row = dict(zip(_VALID_NAMES, (loss.item(), score, *(r2[name] for name in _R2_NAMES)), strict=True))
     return row, mass_N5, sd_NK.double().numpy()
@@ -441,7 +439,7 @@ def _with_bank(
     t: Training,
     loader: DataLoader,  # of a HalvesDataset
 ) -> DataLoader | BankLoader:
-    "Take features from a bank in place of pixels, where they can be stored; otherwise return the loader as it is."
+    "Replace pixels by features from a bank, or return the loader unchanged if they cannot be stored."
     dataset, c = loader.dataset, t.config
     draws = 1 if dataset.augment is None else min(c.bank, c.stage1_epochs)
     if not draws or dataset.mix:
@@ -461,11 +459,11 @@ def _with_bank(
 # %% ../notebooks/35_loop.ipynb #1d009197
 def _open_stage(
     t: Training,
-    layers: int | None,  # of the backbone that are trained; 0: stage 1
+    layers: int | None,  # of the backbone to train; 0: stage 1
     train_loader: DataLoader,
     valid_loader: DataLoader | None,  # None: nothing is held out
-) -> tuple[DataLoader | BankLoader, DataLoader | BankLoader | None]:  # the loaders from here on
-    "Unfreeze so many layers, wrap the model for several processes, and store features that stay the same."
+) -> tuple[DataLoader | BankLoader, DataLoader | BankLoader | None]:  # the loaders to use from now on
+    "Unfreeze layers, wrap the model for several processes, and use stored features if the backbone is frozen."
     t.model.unfreeze(layers)
     t.runner = wrap_ddp(_Runner(t.model), t.device)
     if layers == 0:
@@ -476,23 +474,23 @@ def _open_stage(
 def _update_epoch_average(
     t: Training,
 ) -> Averaged | None:  # the weights to validate; None: the trained ones
-    "Add the weights of the last epochs to their average, if there is one, and forget the best score before it."
+    "Update the average over the last epochs, if there is one, and reset the best score when it starts."
     p, c = t.progress, t.config
     first = len(_stage_plan(c)) - c.swa_epochs + 1
     if t.averaged and p.epoch >= first and not c.ema_decay:
         t.averaged.update(t.model)
     used = t.averaged if t.averaged and t.averaged.updates else None
     if used and p.epoch == first and not c.ema_decay:
-        p.best_score = -math.inf  # from here on it is the average that is kept
+        p.best_score = -math.inf  # from now on the average is kept
     return used
 
 
 def _note_best(
     t: Training,
     valid_row: dict[str, float],  # of `validate`
-    **meta: Any,  # facts to keep with the weights
+    **meta: Any,  # facts to store with the weights
 ) -> None:
-    "Note the predictions of an epoch that is better than all before it, and save its weights if the best are kept."
+    "Record the predictions of a new best epoch, and save its weights with keep = best."
     p, score = t.progress, valid_row["val/score"]
     merit = -valid_row["val/loss"] if math.isnan(score) else score
     if not merit > p.best_score:  # a loss may be NaN
@@ -508,9 +506,9 @@ def _run_epoch(
     t: Training,
     train_loader: DataLoader | BankLoader,
     valid_loader: DataLoader | BankLoader | None,  # None: nothing is held out
-    **meta: Any,  # facts to keep with the weights
+    **meta: Any,  # facts to store with the weights
 ) -> None:
-    "Train an epoch, validate it, note it if it is the best, log it, and write the checkpoint."
+    "Train, validate and log an epoch, record it if it is the best, and write the checkpoint."
     p, c = t.progress, t.config
     train_loader.dataset.set_epoch(p.epoch)
     rates = _epoch_rates(c, p.epoch, math.ceil(len(train_loader) / c.accumulate))
@@ -527,7 +525,7 @@ def _run_epoch(
     t.log.epoch(place | row | valid_row, place | speed, (p.best_epoch, best_score))
     zeros_7 = torch.zeros_like(p.sums_7)
     t.progress = dataclasses.replace(p, epoch=p.epoch + 1, step=0, sums_7=zeros_7, skipped=0)
-    if not isinstance(train_loader, BankLoader) or p.epoch == c.stage1_epochs:  # else over in a moment
+    if not isinstance(train_loader, BankLoader) or p.epoch == c.stage1_epochs:  # epochs on stored features are quick
         save_training(t)
 
 # %% ../notebooks/35_loop.ipynb #622ed66c
@@ -536,7 +534,7 @@ def _training_facts(
     train_loader: DataLoader,
     valid_loader: DataLoader | None,  # None: nothing is held out
 ) -> dict[str, Any]:  # nested
-    "List network, scale of the loss, photographs and masses; numbers to six digits, which all computers share."
+    "List network, loss scale, photographs and masses, with numbers rounded to six digits, the same on all machines."
     facts = {"scale_g": t.criterion.scale_g, "model": t.model.spec}
     facts = json.loads(json.dumps(facts), parse_float=lambda text: float(f"{float(text):.6g}"))
     held_out = valid_loader.dataset.facts if valid_loader else {}
@@ -546,10 +544,10 @@ def _training_facts(
 def _check_best_files(
     t: Training,
 ) -> None:
-    "Compare the best weights, and their JSON, with the checkpoint. Raises ValueError when they are lost or changed."
+    "Check the best weights and their JSON against the checkpoint. Raises ValueError if they are lost or changed."
     for suffix, digest in t.progress.best_sha256.items():
         best, last = t.best_file(t.progress.best_epoch).with_suffix(suffix), t.out_dir / f"weights{suffix}"
-        path = best if best.is_file() or not last.is_file() else last  # moved already, if it was killed at the very end
+        path = best if best.is_file() or not last.is_file() else last  # already renamed if killed at the very end
         if not path.is_file() or file_sha256(path) != digest:
             wrong = "damaged, or of another training" if path.is_file() else "missing"
             raise ValueError(f"{path} is {wrong}, but last.ckpt belongs to it: remove last.ckpt to train the fold anew")
@@ -558,7 +556,7 @@ def _check_best_files(
 def _parts_with_state(
     t: Training,
 ) -> dict[str, Any]:  # name in the checkpoint -> object with a state_dict
-    "Name the parts of a training whose state a checkpoint holds."
+    "Collect the parts of a training whose state a checkpoint holds."
     parts = {"model": t.model, "optimizer": t.optimizer, "scaler": t.scaler, "log": t.log}
     return parts | ({"averaged": t.averaged} if t.averaged else {})
 
@@ -566,8 +564,8 @@ def _parts_with_state(
 def save_training(
     t: Training,
 ) -> None:
-    "Write last.ckpt, and remove the weights of epochs that are no longer the best."
-    rng = gather_objects(rng_state())  # each process has its own dropout
+    "Write last.ckpt and remove the weights of earlier best epochs."
+    rng = gather_objects(rng_state())  # each process draws its own dropout
     if not is_main():
         return
     state = {
@@ -588,7 +586,7 @@ def save_training(
 def resume_training(
     t: Training,
 ) -> bool:  # whether there was a checkpoint
-    "Continue from last.ckpt. Raises ValueError for other parameters, data or models, damaged files, or lost weights."
+    "Resume from last.ckpt. Raises ValueError if parameters, data or model differ, or files are damaged or lost."
     path = t.out_dir / "last.ckpt"
     state = load_checkpoint(path)
     if state is None:
@@ -599,7 +597,7 @@ def resume_training(
     check_on_main(lambda: check_same(state["facts"], storable(t.facts), what))
     check_on_main(lambda: _check_best_files(t))
     for name, part in _parts_with_state(t).items():
-        if name != "scaler" or state["scaler"]:  # empty where it was not float16 before
+        if name != "scaler" or state["scaler"]:  # empty if the run did not use float16
             part.load_state_dict(state[name])
     set_rng_state(state["rng"][world()[0]])
     changes = environment_changes(state["about"], environment() | {"dtype": str(t.dtype)})
@@ -611,7 +609,7 @@ def resume_training(
 # %% ../notebooks/35_loop.ipynb #90185ed1
 @dataclass
 class FitResult:
-    "Hold the results of a fit that are not in its files."
+    "Hold the results of a fit."
 
     history: pd.DataFrame  # one row an epoch, as in metrics.csv
     speed: pd.DataFrame  # one row an epoch, as in speed.csv
@@ -619,23 +617,23 @@ class FitResult:
     best_epoch: int  # 0 where nothing was held out
     best_N5: np.ndarray  # masses of the held-out photographs at that epoch
     last_N5: np.ndarray  # and at the last epoch
-    best_sd_N5: np.ndarray  # sds that are predicted with aux = spread, or empty
+    best_sd_N5: np.ndarray  # predicted standard deviations with aux = spread, or empty
     last_sd_N5: np.ndarray
-    log: RunLog  # to be finished with the out-of-fold table
+    log: RunLog  # the caller finishes it with the out-of-fold table
 
     @property
     def kept_epoch(self) -> int:  # of the saved weights
         return self.best_epoch if self.kept == "best" else int(self.history["epoch"].iloc[-1])
 
     @property
-    def kept_N5(self) -> np.ndarray:  # masses that the saved weights predict for the held-out photographs
+    def kept_N5(self) -> np.ndarray:  # held-out masses predicted by the saved weights
         return self.best_N5 if self.kept == "best" else self.last_N5
 
     @property
-    def kept_sd_N5(self) -> np.ndarray:  # and their sds
+    def kept_sd_N5(self) -> np.ndarray:  # and their standard deviations
         return self.best_sd_N5 if self.kept == "best" else self.last_sd_N5
 
-    def score_at(self, epoch: int) -> float:  # NaN where it is not defined
+    def score_at(self, epoch: int) -> float:  # NaN if undefined
         scores = self.history.set_index("epoch")["val/score"]
         return float(scores.get(epoch, math.nan))
 
@@ -653,10 +651,10 @@ class FitResult:
 
 # %% ../notebooks/35_loop.ipynb #54ac7612
 def _fit_result(
-    t: Training,  # that has ended
+    t: Training,  # already over
     kept: str,  # last or best
 ) -> FitResult:
-    "Collect what a training has found."
+    "Collect the results of a training."
     p, names = t.progress, ("best_N5", "last_N5", "best_sd_N5", "last_sd_N5")
     arrays = {name: getattr(p, name).numpy() for name in names}
     return FitResult(t.log.history, t.log.speed, kept, p.best_epoch, log=t.log, **arrays)
@@ -674,7 +672,7 @@ def _is_over(
 def _name_best_weights(
     t: Training,
 ) -> None:
-    "Rename the best weights to weights.safetensors and weights.json. Raises ValueError when they are lost or changed."
+    "Rename the best weights to weights.safetensors and weights.json. Raises ValueError if they are lost or changed."
     _check_best_files(t)
     best = t.best_file(t.progress.best_epoch)
     for path in (best.with_suffix(".json"), best):  # killed between the two, the next start moves the other
@@ -684,9 +682,9 @@ def _name_best_weights(
 
 def _save_last_weights(
     t: Training,  # after its last epoch
-    **meta: Any,  # facts to keep with the weights
+    **meta: Any,  # facts to store with the weights
 ) -> None:
-    "Write the weights of the last epoch, averaged where averages are kept."
+    "Write the weights of the last epoch, or their average."
     last = t.log.history.iloc[-1]
     score = None if math.isnan(last["val/score"]) else float(last["val/score"])
     averaged = t.averaged if t.averaged and t.averaged.updates else None
@@ -702,19 +700,18 @@ def fit(
     config: Config,
     out_dir: Path,  # gets metrics.csv, speed.csv, weights.safetensors, and last.ckpt to continue from
     scale_g: float,  # grams that count as 1 in the loss
-    guard: Callable[[], None] | None = None,  # called before each file gets its name; what it raises prevents it
-    **meta: Any,  # facts to keep with the weights
+    guard: Callable[[], None] | None = None,  # called before each file is renamed into place; raise to prevent that
+    **meta: Any,  # facts to store with the weights
 ) -> FitResult:
-    """Train in two stages and keep the last or the best weights; continue where a killed training of this folder was.
+    """Train in two stages, resume if the folder has a checkpoint, and save the last or the best weights.
 
-    Raises FloatingPointError when the loss is not finite, ValueError when the folder's checkpoint or weights do not
-    fit."""
+    Raises FloatingPointError if the loss is not finite, ValueError if the checkpoint or weights do not match."""
     t = make_training(model, config, Path(out_dir), scale_g, train_loader.dataset.table, guard)
     t.facts = _training_facts(t, train_loader, valid_loader) if is_main() else {}
     resume_training(t)
-    wait_for_all()  # the first one through may have nothing left to do, and remove the checkpoint
+    wait_for_all()  # a process with nothing left to do may remove the checkpoint
     depth = 1 + max(layer_numbers(model.backbone).values()) if config.unfreeze != "all" else 0
-    opened = -1  # layers; no stage so far
+    opened = -1  # layers; no stage yet
     while not _is_over(t):
         layers = _unfrozen_layers(config, t.progress.epoch, depth)
         if layers != opened:
@@ -731,8 +728,8 @@ def _frozen_features(
     t: Training,
     dataset: HalvesDataset,
     clock: StepClock,
-) -> np.ndarray:  # features_N2D of the photographs as they are
-    "Look at all photographs once, without augmentation, or take what the bank has of them."
+) -> np.ndarray:  # features_N2D of the unaugmented photographs
+    "Compute the features of all photographs once, without augmentation, or read them from the bank."
     plain = copy.copy(dataset)
     plain.augment, plain.mix = None, 0.0
     loader = _with_bank(t, make_loader(plain, t.config.batch_size, shuffle=False, workers=t.config.workers))
@@ -748,9 +745,9 @@ def _frozen_features(
 
 def _solve_epoch(
     t: Training,
-    dataset: HalvesDataset,  # of the training photographs
-) -> tuple[dict[str, float], dict[str, float]]:  # the training's columns, under their logged names; its speed
-    "Solve the ridges of a model in place of an epoch."
+    dataset: HalvesDataset,  # training photographs
+) -> tuple[dict[str, float], dict[str, float]]:  # training columns, under their logged names; speed
+    "Solve the ridges of a model instead of training an epoch."
     clock, table = StepClock(), dataset.table
     features_N2D = _frozen_features(t, dataset, clock)
     visit_N = table.groupby(["State", "Sampling_Date"]).ngroup().to_numpy()
@@ -770,10 +767,10 @@ def fit_ridges(
     config: Config,
     out_dir: Path,  # gets metrics.csv, speed.csv and weights.safetensors
     scale_g: float,  # grams that count as 1 in the loss
-    guard: Callable[[], None] | None = None,  # called before each file gets its name; what it raises prevents it
-    **meta: Any,  # facts to keep with the weights
+    guard: Callable[[], None] | None = None,  # called before each file is renamed into place; raise to prevent that
+    **meta: Any,  # facts to store with the weights
 ) -> FitResult:
-    "Solve a frozen_ridge and leave the files of a training of one epoch. Raises ValueError in several processes."
+    "Solve a frozen_ridge and write the files of a one-epoch training. Raises ValueError with several processes."
     if world()[1] > 1:
         raise ValueError(f"frozen_ridge is solved by one process, not by {world()[1]}: start one for each fold")
     plan = {"stage1_epochs": 1, "stage2_epochs": 0, "bank": max(1, config.bank), "keep": "last"}

@@ -39,10 +39,10 @@ from .targets import TARGETS, all_to_primary, primary_to_all
 
 # %% ../notebooks/22_models.ipynb #45170aef
 def _follow(
-    module: nn.Module,  # in part frozen
-    above: bool,  # whether the part that it belongs to is trained
+    module: nn.Module,  # partly frozen
+    above: bool,  # whether its parent is trained
 ) -> None:
-    "Set evaluation mode for frozen modules, and for those without parameters, such as dropout, in a frozen part."
+    "Set evaluation mode for frozen modules, and for dropout and the like inside them."
     own = [parameter.requires_grad for parameter in module.parameters()]
     trained = any(own) if own else above
     if not trained:
@@ -65,12 +65,12 @@ def _names_to_train(
     backbone: nn.Module,  # from create_backbone
     layers: int | None,  # from its end; None: all
 ) -> set[str]:  # parameter names
-    "Choose the backbone's parameters to train. Raises ValueError when low-rank changes lie in none of these layers."
+    "Choose the backbone's parameters to train. Raises ValueError if these layers hold no low-rank changes."
     numbers = layer_numbers(backbone) if layers else {}
     first = max(numbers.values(), default=0) + 1 - (layers or 0)
     names = [name for name, _ in backbone.named_parameters()]
     chosen = {name for name in names if layers is None or (layers > 0 and numbers[name] >= first)}
-    if any(".lora_" in name for name in names):  # then nothing else of the backbone is trained
+    if any(".lora_" in name for name in names):  # then train nothing else in the backbone
         chosen = {name for name in chosen if ".lora_" in name}
     if layers != 0 and not chosen:
         raise ValueError(
@@ -81,22 +81,22 @@ def _names_to_train(
 
 # %% ../notebooks/22_models.ipynb #133de15a
 class MassModel(nn.Module):
-    "From two halves to five masses; the backbone can be frozen. Subclasses have `features` and `outputs`."
+    "Predict five masses from two halves; the backbone can be frozen. Subclasses define `features` and `outputs`."
 
     def __init__(self, backbone: nn.Module):  # from create_backbone
         super().__init__()
         self.backbone, self.patch = backbone, patch_size(backbone)
         self.register_buffer("pixel_mean", 255 * torch.tensor(backbone.pretrained_cfg["mean"]).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", 255 * torch.tensor(backbone.pretrained_cfg["std"]).view(1, 3, 1, 1))
-        self.layout = torch.preserve_format  # of the pictures in memory
-        self.keeps_statistics = False  # batch norms of the backbone go on with the statistics they came with
+        self.layout = torch.preserve_format  # memory layout of the pictures
+        self.keeps_statistics = False  # True: the backbone's batch norms keep their statistics
 
     def freeze_backbone(self, frozen: bool = True) -> None:
         "Stop gradients, batch statistics and dropout in the backbone, whatever `train()` says."
         self.unfreeze(0 if frozen else None)
 
     def unfreeze(self, layers: int | None = None) -> None:
-        "Train so many layers of the backbone, from its end, and freeze the others. None: all; 0: none."
+        "Train the last layers of the backbone and freeze the others. None: all; 0: none."
         names = _names_to_train(self.backbone, layers)
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(name in names)
@@ -117,7 +117,7 @@ class MassModel(nn.Module):
     def features(self, halves_B2CHW: torch.Tensor) -> torch.Tensor:  # uint8 or float from 0 to 255 -> B first
         raise NotImplementedError
 
-    def outputs(self, features: torch.Tensor) -> dict[str, torch.Tensor]:  # mass_B5 as mass_5, and auxiliary ones
+    def outputs(self, features: torch.Tensor) -> dict[str, torch.Tensor]:  # mass_B5 as mass_5, and auxiliary outputs
         raise NotImplementedError
 
     def forward(self, halves_B2CHW: torch.Tensor) -> torch.Tensor:  # uint8 or float from 0 to 255 -> mass_B5, grams
@@ -129,7 +129,7 @@ def _values_of(
     text: str,  # joined by +
     kind: type,  # int or float
 ) -> tuple:
-    "Read numbers joined by +. Raises ValueError that names the option."
+    "Read numbers joined by +. Raises ValueError naming the option."
     try:
         return tuple(kind(part) for part in text.split("+"))
     except ValueError as error:
@@ -142,13 +142,13 @@ class TwoStream(MassModel):
 
     def __init__(
         self,
-        backbone: nn.Module,  # from create_backbone; without its head when pool is not timm
+        backbone: nn.Module,  # from create_backbone; without its head unless pool is timm
         pool: str = "timm",  # timm, layers, or as for TokenPool
         fuse: str = "mean",  # as for Fusion
         aux: dict[str, list] | None = None,  # as for AuxHeads
         condition: bool = False,  # as for AuxHeads
-        layers: str = "-1",  # of pool = layers: from the end, -1 is the last, joined by +
-        pools: str = "mean+max+min+gem",  # of pool = layers, as for `pooled_layers`, joined by +
+        layers: str = "-1",  # for pool = layers: from the end, -1 is the last, joined by +
+        pools: str = "mean+max+min+gem",  # for pool = layers, as for `pooled_layers`, joined by +
         img_size: int = 768,  # pixels of a half's side, for pool = layers
         **heads: Any,  # as for MassHeads
     ):
@@ -183,7 +183,7 @@ class TwoStream(MassModel):
 
 # %% ../notebooks/22_models.ipynb #d7cd9718
 class _BlockNorm(nn.Module):
-    "Normalise blocks of features, each by itself."
+    "Normalise each block of features separately."
 
     def __init__(
         self,
@@ -199,12 +199,12 @@ class _BlockNorm(nn.Module):
 
 # %% ../notebooks/22_models.ipynb #6fa55b9b
 class TilePool(nn.Module):
-    "Pool the tiles of each half, modulated by the other half and through a non-linear layer, to one vector."
+    "Pool the tiles of each half, modulated by the other half, through a non-linear layer to one vector."
 
     def __init__(
         self,
         width: int,  # D of a tile
-        film: str = "cross",  # cross, or identity to leave the modulation out
+        film: str = "cross",  # cross, or identity for no modulation
     ):
         super().__init__()
         if film not in ("cross", "identity"):
@@ -212,7 +212,7 @@ class TilePool(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.film = Film(width, width) if film == "cross" else None
         self.layer = nn.Sequential(nn.Linear(width, width), nn.GELU())
-        self.score = nn.Linear(width, 1, bias=False)  # what is added to all tiles, a softmax does not see
+        self.score = nn.Linear(width, 1, bias=False)  # no bias: softmax ignores a constant
 
     def forward(self, tiles_B2TD: torch.Tensor) -> torch.Tensor:  # vector_B2D
         tiles_B2TD = self.norm(tiles_B2TD)
@@ -250,7 +250,7 @@ class Tiled(MassModel):
 
     def tiles(self, halves_B2CHW: torch.Tensor) -> torch.Tensor:  # tiles_B2TCHW, row by row
         height, width = halves_B2CHW.shape[-2:]
-        h, w = -(-height // self.grid), -(-width // self.grid)  # where the grid does not divide, tiles overlap a little
+        h, w = -(-height // self.grid), -(-width // self.grid)  # if the grid does not divide evenly, tiles overlap
         spans = ((height, h), (width, w))
         tops, lefts = (
             [round(i * (side - part) / max(1, self.grid - 1)) for i in range(self.grid)] for side, part in spans
@@ -266,7 +266,7 @@ class Tiled(MassModel):
         return {"mass_5": self.heads(fused_BF)} | auxiliary
 
 # %% ../notebooks/22_models.ipynb #78372f4e
-_QUADRAT_M2 = 0.7 * 0.3  # the frame that is photographed and cut
+_QUADRAT_M2 = 0.7 * 0.3  # area of the frame
 HALVES = ("together", "apart")
 
 
@@ -276,7 +276,7 @@ class Dense(MassModel):
     def __init__(
         self,
         backbone: nn.Module,  # from create_backbone, without its head
-        halves: str = "together",  # together, or apart: each is a sample of its own in training
+        halves: str = "together",  # together, or apart: each half is a training sample
         aux: dict[str, list] | None = None,  # as for AuxHeads, which look at the mean of all tokens
         **heads: Any,  # as for MassHeads
     ):
@@ -295,7 +295,7 @@ class Dense(MassModel):
         return self.heads.output.parts(self.heads.raw(self.norm(features.movedim(2, -1))))
 
     def outputs(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts_B2P = self.parts(features).mean(dim=(2, 3))  # of a quadrat of which both halves are like this one
+        parts_B2P = self.parts(features).mean(dim=(2, 3))  # grams, if both halves were like this one
         _, auxiliary = self.aux(self.norm(features.movedim(2, -1)).mean(dim=(1, 2, 3)))
         outputs = {"mass_5": self.heads.output.masses(parts_B2P.mean(dim=1))} | auxiliary
         apart = self.training and self.halves == "apart"
@@ -305,24 +305,24 @@ class Dense(MassModel):
         self,
         halves_B2CHW: torch.Tensor,  # uint8, or float from 0 to 255
     ) -> torch.Tensor:  # density_B5HW, g per square metre, order of TARGETS; the halves side by side
-        "Compute the map that is added up."
+        "Compute the density map that adds up to the masses."
         mass_B2HW5 = self.heads.output.masses(self.parts(self.features(halves_B2CHW)))
         return torch.cat(mass_B2HW5.unbind(1), dim=2).movedim(-1, 1) / _QUADRAT_M2
 
 # %% ../notebooks/22_models.ipynb #ea726cdc
 def _unsolved(
     width: int,  # of all blocks together
-    mean_3: torch.Tensor,  # grams, which are predicted
+    mean_3: torch.Tensor,  # predicted grams
 ) -> dict[str, torch.Tensor]:  # name of a buffer -> its content
-    "Begin with ridges that predict means."
+    "Create ridges that predict the means."
     raw = {"raw_weight": torch.zeros(3, width), "raw_bias": mean_3}
     log = {"log_weight": torch.zeros(3, width), "log_bias": mean_3.log1p()}
     scale = {"feature_mean": torch.zeros(width), "feature_scale": torch.ones(width)}
-    return scale | raw | log | {"most_g": mean_3 + 1000.0}  # no limit until it is solved
+    return scale | raw | log | {"most_g": mean_3 + 1000.0}  # no limit until solved
 
 # %% ../notebooks/22_models.ipynb #c84829e0
 class FrozenRidge(MassModel):
-    "Pool several layers of a backbone that is never trained, and predict by two ridges, on grams and on logarithms."
+    "Pool several layers of a frozen backbone and predict with two ridges, on grams and on logarithms."
 
     def __init__(
         self,
@@ -331,7 +331,7 @@ class FrozenRidge(MassModel):
         pools: str = "mean+max+min+gem",  # of MAP_POOLS, joined by +
         scales: str = "1.0",  # of the pictures, as shares of their size, joined by +
         img_size: int = 768,  # pixels of a half's side
-        mean_g: tuple[float, ...] = (1.0,) * 5,  # training means, grams, order of TARGETS: predicted until it is solved
+        mean_g: tuple[float, ...] = (1.0,) * 5,  # training means, grams, order of TARGETS; predicted until solved
     ):
         super().__init__(backbone.eval())
         self.layers, self.pools = _values_of("layers", layers, int), tuple(pools.split("+"))
@@ -344,7 +344,7 @@ class FrozenRidge(MassModel):
         self.unfreeze(0)
 
     def unfreeze(self, layers: int | None = None) -> None:
-        "Leave the backbone frozen, whatever is asked for."
+        "Leave the backbone frozen, whatever `layers` says."
         super().unfreeze(0)
 
     def features(self, halves_B2CHW: torch.Tensor) -> torch.Tensor:  # pooled_B2D, float32
@@ -359,7 +359,7 @@ class FrozenRidge(MassModel):
     def outputs(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         scaled_BD = (features.double().mean(dim=1) - self.feature_mean) / self.feature_scale
         raw_B3 = F.linear(scaled_BD, self.raw_weight.double(), self.raw_bias.double())
-        log_B3 = F.linear(scaled_BD, self.log_weight.double(), self.log_bias.double())  # which autocast leaves alone
+        log_B3 = F.linear(scaled_BD, self.log_weight.double(), self.log_bias.double())  # double, which autocast ignores
         raw_B3, log_B3 = raw_B3.float(), log_B3.float().minimum(self.most_g.log1p())
         blended_B3 = (raw_B3.clamp(min=0).minimum(self.most_g) + log_B3.expm1().clamp(min=0)) / 2
         total_B, gdm_B, green_B = blended_B3.unbind(1)
@@ -374,14 +374,14 @@ _OWN_OPTIONS = {
     "dense": {"halves": "together"},
     "frozen_ridge": {"layers": "-1", "pools": "mean+max+min+gem", "scales": "1.0"},
 }
-_LAYER_OPTIONS = {"layers": "-1", "pools": "mean+max+min+gem"}  # of two_stream where pool = layers
+_LAYER_OPTIONS = {"layers": "-1", "pools": "mean+max+min+gem"}  # of two_stream with pool = layers
 
 
 def _own_options(
     name: str,  # of the model
-    options: dict[str, Any],  # of any of the models
-) -> dict[str, Any]:  # those of this one
-    "Choose the options that a model has. Raises ValueError for an unknown model and for options that it would ignore."
+    options: dict[str, Any],  # of any model
+) -> dict[str, Any]:  # of this model
+    "Choose a model's options. Raises ValueError for an unknown model or option, or one that it would ignore."
     if name not in _OWN_OPTIONS:
         raise ValueError(f"model {name!r} is unknown; there are {', '.join(_OWN_OPTIONS)}")
     known = {option: default for own in _OWN_OPTIONS.values() for option, default in own.items()}
@@ -403,7 +403,7 @@ def _refuse_heads(
     aux: dict[str, list] | None,
     lora_rank: int,
 ) -> None:
-    "Check that nothing is to be trained in a frozen_ridge. Raises ValueError that names the option."
+    "Check that a frozen_ridge has nothing to train. Raises ValueError naming the option."
     if targets != "primary":
         raise ValueError(f"targets = {targets!r}: frozen_ridge solves for Total, GDM and Green: set targets to primary")
     if aux or lora_rank:
@@ -421,12 +421,12 @@ def create_model(
     dropout: float = 0.30,  # in the heads
     targets: str = "primary",  # primary, components, ratios or five
     mean_g: tuple[float, ...] | None = None,  # training means in grams, order of TARGETS: where the heads start
-    aux: dict[str, list] | None = None,  # of `aux_spec`: what else is predicted in training
-    clean: str = "none",  # how its photographs are cleaned; stored for whoever loads them
-    lora_rank: int = 0,  # of low-rank changes to a transformer while it is trained; 0: none
-    **options: Any,  # of the models, as in `_OWN_OPTIONS`: pool, fuse, condition, grid, film, halves, layers, ...
+    aux: dict[str, list] | None = None,  # from `aux_spec`: auxiliary outputs in training
+    clean: str = "none",  # cleaning of its photographs; stored with the weights
+    lora_rank: int = 0,  # of low-rank changes to a transformer in training; 0: none
+    **options: Any,  # the model's own, see `_OWN_OPTIONS`: pool, fuse, condition, grid, film, halves, ...
 ) -> MassModel:  # halves_B2CHW -> mass_B5
-    "Create a model by name. Raises ValueError for unknown or useless options, and as `create_backbone` does."
+    "Create a model by name. Raises ValueError for unknown or useless options, and as `create_backbone`."
     own = _own_options(name, options)
     side = -(-img_size // own.get("grid", 1))
     network = create_backbone(backbone, side, pretrained, backbone_weights)
@@ -449,10 +449,10 @@ def create_model(
 def save_weights(
     model: MassModel,  # from create_model
     path: str | Path,  # ends in .safetensors; the JSON sidecar has the same name
-    guard: Callable[[], None] | None = None,  # of `write_file`: what it raises prevents a file
-    **meta: Any,  # JSON-able facts to keep: fold, epoch, score, ...
+    guard: Callable[[], None] | None = None,  # passed to `write_file`; raise to prevent a file
+    **meta: Any,  # JSON-able facts to store: fold, epoch, score, ...
 ) -> None:
-    "Write weights and their JSON sidecar, each complete or not at all, also when the power fails."
+    "Write weights and their JSON sidecar atomically, even if the power fails."
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in merged_state(model).items()}
     text = json.dumps({"format": 2, "spec": model.spec, **meta}, indent=1)
@@ -469,7 +469,7 @@ def _check_spec(
     path: Path,  # weights file
     spec: dict[str, Any],  # of the network to build
 ) -> None:
-    "Compare the spec in a file. Raises ValueError naming both sides when it was made for another network."
+    "Compare a file's spec. Raises ValueError naming the differences if it belongs to another network."
     try:
         with safe_open(path, "pt") as file:
             own = json.loads((file.metadata() or {}).get("spec", "null"))
@@ -503,7 +503,7 @@ def _joined_state(
     shared: Iterable[str | Path],  # files with the rest of its tensors
     sha256: str,  # of everything joined; empty: not compared
 ) -> dict[str, torch.Tensor]:  # on the CPU
-    "Read a model's tensors from its files. Raises FileNotFoundError, or ValueError for files that don't fit together."
+    "Read a model's tensors from its files. Raises FileNotFoundError, or ValueError if the files do not match."
     state, names = read_state(path), [path.name]
     for other in map(Path, shared):
         if not other.is_file():
@@ -522,11 +522,11 @@ def _joined_state(
 # %% ../notebooks/22_models.ipynb #45009043
 def load_model(
     path: str | Path,  # weights file
-    spec: dict[str, Any] | None = None,  # how to build the network; None: from the JSON beside the file
-    shared: Iterable[str | Path] = (),  # files with the tensors that it has in common with other models
+    spec: dict[str, Any] | None = None,  # how to build the network; None: from the JSON sidecar
+    shared: Iterable[str | Path] = (),  # files with tensors that it shares with other models
     sha256: str = "",  # of everything joined, as from `state_sha256`; empty: not compared
 ) -> MassModel:  # in evaluation mode
-    "Rebuild a saved model, without a network. Raises FileNotFoundError, or ValueError when file and spec do not fit."
+    "Rebuild a saved model offline. Raises FileNotFoundError, or ValueError if file and spec do not match."
     path = Path(path)
     for needed in [path] + ([path.with_suffix(".json")] if spec is None else []):
         if not needed.is_file():

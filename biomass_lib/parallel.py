@@ -24,7 +24,7 @@ from .supervise import die_with_parent
 
 # %% ../notebooks/32_parallel.ipynb #c5229f89
 def world() -> tuple[int, int]:  # rank from 0, number of processes
-    "Tell the place of this process among those that train one fold together."
+    "Return the rank of this process and the number of processes."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 # %% ../notebooks/32_parallel.ipynb #91497691
@@ -35,13 +35,13 @@ def is_main() -> bool:
 # %% ../notebooks/32_parallel.ipynb #c27b4e09
 @contextmanager
 def joined() -> Iterator[tuple[int, int]]:  # rank and number of processes
-    """Join the processes that a launcher started, by NCCL with GPUs and gloo without; do nothing without a launcher.
+    """Join the launched processes, by NCCL on GPUs and gloo without; do nothing without a launcher.
 
     Raises ValueError for more processes than GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield world()
         return
-    die_with_parent()  # a launcher that is killed tells nobody
+    die_with_parent()  # a killed launcher cannot tell its processes
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if 0 < gpus < here:
         raise ValueError(f"{here} processes for {gpus} GPU: start {gpus}, or hide the GPU with CUDA_VISIBLE_DEVICES=''")
@@ -57,7 +57,7 @@ def joined() -> Iterator[tuple[int, int]]:  # rank and number of processes
 def reduce_sum(
     value: torch.Tensor,
 ) -> torch.Tensor:  # the sum over all processes, the same on each
-    "Add up over all processes; with one, return the very same tensor."
+    "Add up over all processes; with one process, return the same tensor."
     if world()[1] == 1:
         return value
     value = value.clone()
@@ -66,15 +66,15 @@ def reduce_sum(
 
 # %% ../notebooks/32_parallel.ipynb #82e40f13
 def wait_for_all() -> None:
-    "Wait until every process is here."
+    "Wait until every process gets here."
     if world()[1] > 1:
         dist.barrier()
 
 # %% ../notebooks/32_parallel.ipynb #dbb1483e
 def gather_objects(
-    value: Any,  # that can be pickled
-) -> list[Any]:  # what each process gave, by rank; the same list on all
-    "Collect one thing from each process."
+    value: Any,  # must be picklable
+) -> list[Any]:  # the values by rank; the same list on all
+    "Collect one value from each process."
     if world()[1] == 1:
         return [value]
     pieces = [None] * world()[1]
@@ -83,11 +83,11 @@ def gather_objects(
 
 # %% ../notebooks/32_parallel.ipynb #c87f92de
 def gather_rows(
-    index_N: torch.Tensor,  # rows of the table that this process has
-    value_NX: torch.Tensor,  # what it found for them
+    index_N: torch.Tensor,  # this process's rows of the table
+    value_NX: torch.Tensor,  # their values
     total: int,  # rows of the table
-) -> torch.Tensor:  # value_TX on the CPU, in the order of the table, on each process
-    "Put the rows of all processes together. Raises RuntimeError when one is missing or there twice."
+) -> torch.Tensor:  # value_TX on the CPU, in table order, on each process
+    "Put the rows of all processes together. Raises RuntimeError if one is missing or there twice."
     pieces = gather_objects((index_N.cpu(), value_NX.cpu()))
     index = torch.cat([piece[0] for piece in pieces])
     if not torch.equal(index.sort().values, torch.arange(total)):
@@ -99,7 +99,7 @@ def gather_rows(
 def check_on_main(
     check: Callable[[], None],  # raises ValueError
 ) -> None:
-    "Let process 0 look at what only one needs to look at. Raises its ValueError in all."
+    "Run a check on process 0 only. Raises its ValueError on all."
     wrong = ""
     if is_main():
         try:
@@ -112,10 +112,10 @@ def check_on_main(
 
 # %% ../notebooks/32_parallel.ipynb #f4131977
 def wrap_ddp(
-    module: nn.Module,  # with the gradients of this stage switched on and off
+    module: nn.Module,  # already frozen or unfrozen for this stage
     device: torch.device,
 ) -> nn.Module:
-    "Average a module's gradients over the processes; with one process, return the module itself."
+    "Wrap a module to average gradients over processes; with one process, return the module itself."
     if world()[1] == 1:
         return module
     devices = [torch.cuda.current_device()] if device.type == "cuda" else None
@@ -126,7 +126,7 @@ def wrap_ddp(
 def same_buffers(
     module: nn.Module,
 ) -> None:
-    "Copy the buffers of process 0 to all; with one process, do nothing."
+    "Copy the buffers of process 0 to all processes."
     if world()[1] > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
@@ -134,10 +134,10 @@ def same_buffers(
 # %% ../notebooks/32_parallel.ipynb #635d2cca
 @record
 def _run_joined(
-    function: Callable,  # that can be imported
+    function: Callable,  # importable
     arguments: tuple,
 ) -> Any:
-    "Run a function in a launched process, with its share of the cores unless OMP_NUM_THREADS says otherwise."
+    "Run a function in a launched process, on its share of the cores unless OMP_NUM_THREADS is set."
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     with joined():
@@ -148,11 +148,11 @@ def launch(
     function: Callable,  # of an importable module
     *arguments: Any,
     processes: int = 2,
-) -> dict[int, Any]:  # rank -> what the function returned
+) -> dict[int, Any]:  # rank -> return value
     """Run a function in several processes at once.
 
-    Raises ValueError for a notebook's function, and ChildFailedError with the first error."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # here: a lone process launches nothing
+    Raises ValueError for a function of a notebook, ChildFailedError with the first error."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # here: one process needs no launcher
 
     if function.__module__ == "__main__":
         raise ValueError(
@@ -171,14 +171,14 @@ def launch(
     try:
         return elastic_launch(plan, _run_joined)(function, arguments)
     finally:
-        for number, handler in handlers.items():  # the launcher's own would outlive it and disturb a notebook's kernel
+        for number, handler in handlers.items():  # the launcher's handlers would disturb a notebook's kernel
             signal.signal(number, handler)
 
 # %% ../notebooks/32_parallel.ipynb #900423a7
 def check_processes(
-    rows: int = 5,  # of a table shared among the processes
+    rows: int = 5,  # of a table that the processes share
 ) -> dict[str, Any]:  # what this process sees
-    "Let processes find each other. Raises RuntimeError when one did not hear from process 0."
+    "Check that processes find each other. Raises RuntimeError if one did not hear from process 0."
     rank, size = world()
     mine = torch.arange(rank, rows, size)
     together = gather_rows(mine, 10.0 * mine[:, None], rows)
