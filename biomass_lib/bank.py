@@ -110,7 +110,7 @@ class FeatureBank:
         return torch.from_numpy(np.stack([features_K2[draw_2[0], 0], features_K2[draw_2[1], 1]]))
 
 # %% ../notebooks/24_bank.ipynb #4f3893b5
-_MOST_IN_MEMORY = 2e9  # bytes, where there is no cache
+_MOST_IN_MEMORY = 2e9  # bytes, without a cache
 
 
 def _room(
@@ -139,7 +139,7 @@ def _is_stored(
     file: Path,
     draws: int,
 ) -> bool:
-    "Tell whether a file of the bank is there and whole."
+    "Tell whether a file of the bank exists and is whole."
     try:
         return len(np.load(file, mmap_mode="r", allow_pickle=False)) == draws
     except (OSError, EOFError, ValueError):
@@ -176,7 +176,7 @@ def fill_bank(
     loader: DataLoader,  # of `make_loader`, for dataset, batch size and workers
     draws: int,  # of each photograph; 1 where nothing is augmented
     cache_dir: str | Path = "",  # where files go; empty: features stay in memory
-    cache_gb: float = 20.0,  # most that the cache may hold
+    cache_gb: float = 20.0,  # limit of the cache
     dtype: torch.dtype | None = None,  # of autocast
 ) -> FeatureBank | None:  # None if there is no room
     "Compute features missing from the bank. Raises ValueError for non-finite features, OSError as `write_file`."
@@ -205,7 +205,7 @@ def fill_bank(
     return FeatureBank(draws, stored) if count else None
 
 # %% ../notebooks/24_bank.ipynb #1377f21f
-_BANK_SEED = 3  # tells these random numbers from those of augmentation (0, 1), swapping and mixing (2)
+_BANK_SEED = 3  # differs from the seeds of augmentation (0, 1), swapping and mixing (2)
 
 
 class BankLoader:

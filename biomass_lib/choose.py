@@ -144,7 +144,7 @@ def _test_masses(
 
 # %% ../notebooks/64_choose.ipynb #d6db8446
 def _mean_oof(
-    tables: list[pd.DataFrame],  # as from read_oof, of the runs of an ensemble
+    tables: list[pd.DataFrame],  # of `read_oof`, for the runs of an ensemble
 ) -> pd.DataFrame:
     "Average out-of-fold predictions. Raises ValueError as `same_photographs` does."
     _, pred_MN5, first = same_photographs({f"member {number}": table for number, table in enumerate(tables)})

@@ -347,7 +347,7 @@ def field_ridge_oof(
 
 # %% ../notebooks/56_explore.ipynb #6bbe811c
 def worst_error_share(
-    oof: pd.DataFrame,  # as from `read_oof`
+    oof: pd.DataFrame,  # of `read_oof`
     n: int = 5,  # photographs
 ) -> float:
     "Compute the worst photographs' share of the weighted squared error."
@@ -360,7 +360,7 @@ _QUARTERS = ["lowest quarter", "second quarter", "third quarter", "highest quart
 
 
 def add_groups(
-    oof: pd.DataFrame,  # as from `read_oof`
+    oof: pd.DataFrame,  # of `read_oof`
     table: pd.DataFrame,  # wide, for NDVI and height; every photograph of oof is in it
     flagged: pd.DataFrame | None = None,  # of `flag_artefacts`
 ) -> pd.DataFrame:  # oof with columns `by ...`, text

@@ -123,7 +123,7 @@ Content = str | bytes | Callable[[BinaryIO], Any]
 def write_file(
     path: str | Path,  # final name; its folder is made if needed
     content: Content,  # text (UTF-8), bytes, or a function that writes to a binary file
-    overwrite: bool = True,  # False: FileExistsError when the name is taken
+    overwrite: bool = True,  # False: FileExistsError if the name is taken
     guard: Callable[[], None] | None = None,  # called just before the rename; its error prevents it
     folder: str = "",  # for the temporary file, below the final name's folder
 ) -> None:
@@ -159,7 +159,7 @@ def write_csv(
 
 # %% ../notebooks/01_files.ipynb #b52fb29e
 def write_json(
-    value: Any,  # what JSON can hold
+    value: Any,  # any JSON value
     path: str | Path,  # final name; its folder is made if needed
     **options: Any,  # of `write_file`
 ) -> None:

@@ -263,7 +263,7 @@ def compare_folds(
     n_folds: int = 5,  # for all schemes but state
     schemes: Iterable[str] = _FOLD_SCHEMES,
     seed: int = 0,  # 0: the reference
-) -> pd.DataFrame:  # a row for each scheme and fold: what is held out; shares are of the held-out photographs
+) -> pd.DataFrame:  # a row for each scheme and fold; shares are of the held-out photographs
     "Compare schemes; an impossible one gets a row with the problem. Raises ValueError for an unknown one."
     rows = []
     for scheme in schemes:

@@ -56,7 +56,7 @@ def with_errors(
 
 # %% ../notebooks/50_intervals.ipynb #c86030eb
 def masses_of(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # of `read_oof`
 ) -> tuple[np.ndarray, np.ndarray]:  # true_N5, pred_N5: grams
     "Split an out-of-fold table into truth and prediction."
     true_N5, pred_N5 = oof[list(TARGETS)], oof[[f"{name}_pred" for name in TARGETS]]
@@ -73,7 +73,7 @@ def scores(
 
 # %% ../notebooks/50_intervals.ipynb #27b13cd0
 def pooled_scores(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # of `read_oof`
 ) -> dict[str, float]:
     "Score all out-of-fold predictions together."
     return scores(*masses_of(oof))
@@ -123,7 +123,7 @@ def score_of_sums(
 
 # %% ../notebooks/50_intervals.ipynb #2f4ba6ab
 def _check_level(level: float) -> None:
-    "Raise ValueError for a level of an interval that is not between 0 and 1."
+    "Raise ValueError for a level outside 0 to 1."
     if not 0 < level < 1:
         raise ValueError(f"parameter level = {level} must lie between 0 and 1, 0.95 for a 95 % interval")
 
@@ -148,7 +148,7 @@ def _percentile_ends(
     value_R: np.ndarray,  # values of the resamples; NaN are left out
     level: float,  # share between the ends
 ) -> tuple[float, float]:  # low, high
-    "Return the ends of a percentile interval. Raises ValueError for a level that is not between 0 and 1."
+    "Return the ends of a percentile interval. Raises ValueError for a level outside 0 to 1."
     _check_level(level)
     low, high = np.nanpercentile(value_R, [50 - 50 * level, 50 + 50 * level])
     return float(low), float(high)
@@ -184,7 +184,7 @@ def _jackknife_reach(
     value_K: np.ndarray,  # an estimate without each cluster
     level: float,
 ) -> float:  # half the length of an interval; infinite with fewer than three clusters
-    "Multiply the jackknife's standard error by Student's t. Raises ValueError for a level that is not between 0 and 1."
+    "Multiply the jackknife's standard error by Student's t. Raises ValueError for a level outside 0 to 1."
     _check_level(level)
     n_clusters = len(value_K)
     if n_clusters < 3 or not np.isfinite(value_K).all():
@@ -270,7 +270,7 @@ def contrast_interval(
     n: int = 2000,  # resamples
     seed: int = 0,
 ) -> tuple[float, float, float]:  # sum of factor times score, low, high; NaN ends with fewer than three clusters
-    "Compute a sum of scores with its wide interval. Raises ValueError for a level that is not between 0 and 1."
+    "Compute a sum of scores with its wide interval. Raises ValueError for a level outside 0 to 1."
     used_M = np.flatnonzero(contrast_M)
     sums_MK4, contrast_M = np.asarray(sums_MK4)[used_M], np.asarray(contrast_M)[used_M]
     n_clusters = sums_MK4.shape[1]
@@ -291,7 +291,7 @@ def conformal_widths(
 
     Uses the largest error with fewer than level / (1 - level) photographs.
 
-    Raises ValueError as `check_masses` does and for a level that is not between 0 and 1."""
+    Raises ValueError as `check_masses` does and for a level outside 0 to 1."""
     true_N5, pred_N5 = check_masses(true_N5, pred_N5)
     _check_level(level)
     mean_5 = np.maximum(true_N5.mean(axis=0), 1.0)
@@ -310,7 +310,7 @@ def half_widths(
 
 # %% ../notebooks/50_intervals.ipynb #13c54da1
 def conformal_intervals(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # of `read_oof`
     level: float = 0.9,  # share of the truths that should lie inside
 ) -> tuple[np.ndarray, np.ndarray]:  # low_N5, high_N5: grams
     """Compute an interval for each photograph from the errors in other folds, or in other visits if there is one fold.
@@ -332,7 +332,7 @@ def conformal_intervals(
 
 # %% ../notebooks/50_intervals.ipynb #bbed03dc
 def coverage_table(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # of `read_oof`
     low_N5: np.ndarray,  # grams
     high_N5: np.ndarray,  # grams
     by: str = "State",  # a column

@@ -71,7 +71,7 @@ def weighted_r2(
 def r2_per_target(
     true_N5: np.ndarray,  # measured grams, order of TARGETS
     pred_N5: np.ndarray,  # predicted grams, same order
-) -> dict[str, float]:  # target name -> R2, NaN where the truth is constant
+) -> dict[str, float]:  # target name -> R2, NaN if the truth is constant
     "Compute the ordinary R2 of each of the five masses. Raises ValueError as `weighted_r2` does."
     true_N5, pred_N5 = check_masses(true_N5, pred_N5)
     error_5 = ((true_N5 - pred_N5) ** 2).sum(axis=0)
