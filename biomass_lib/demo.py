@@ -15,6 +15,7 @@ import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -587,9 +588,15 @@ def _write_photos(
 ) -> list[dict[str, Any]]:  # of `_write_photo`
     "Draw photographs in several processes; stop all of them at the first error."
     options = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _start_worker}
+    resource_tracker.ensure_running()  # its start would end what comes next
     with ProcessPoolExecutor(workers, **options) as pool:
         try:
-            return list(pool.map(_write_photo, jobs, chunksize=4))
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers that still import inherit it
+            try:
+                drawn = pool.map(_write_photo, jobs, chunksize=4)  # starts the workers
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return list(drawn)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -1,5 +1,6 @@
 "Mistakes and habits of people at a terminal, with the real commands: one line, the usual status, nothing left behind."
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -75,9 +76,23 @@ def test_a_closed_pipe_is_quiet(home: Path, unbuffered: str):
     process.stderr.close()
 
 
-def test_ctrl_c_in_the_renderer_is_quiet(home: Path):
-    process = started(home, "biomass_demo", "--out", "big", "--n-train", "2000", "--workers", "2")
-    wait_until(lambda: list((home / "big").rglob("*.jpg")), "the first photograph", process)
+def spawned(pid: int) -> list[int]:
+    "List the worker processes that a process has spawned; they may still import."
+    found = []
+    for each in descendants(pid):
+        with contextlib.suppress(OSError):  # it has just ended
+            if b"multiprocessing.spawn" in Path(f"/proc/{each}/cmdline").read_bytes():
+                found.append(each)
+    return found
+
+
+@pytest.mark.parametrize("moment", ["workers start", "a photograph is drawn"])
+def test_ctrl_c_in_the_renderer_is_quiet(home: Path, moment: str):
+    process = started(home, "biomass_demo", "--out", moment, "--n-train", "2000", "--workers", "2")
+    if moment == "workers start":
+        wait_until(lambda: len(spawned(process.pid)) == 2, "both workers", process)
+    else:
+        wait_until(lambda: list((home / moment).rglob("*.jpg")), "the first photograph", process)
     workers = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     _, err = process.communicate(timeout=PATIENCE)
