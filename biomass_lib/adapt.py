@@ -306,7 +306,7 @@ def _weighted_loss(
     return (loss_B5 * pred_B5.new_tensor(WEIGHTS) * weight_B[:, None]).sum(dim=1).mean()
 
 # %% ../notebooks/43_adapt.ipynb #58246d01
-_EPOCHS, _AFTER, _AVERAGED = 40, 10, 10  # on all photographs; on training ones; how many of these are averaged
+_EPOCHS, _AFTER, _AVERAGED = 40, 10, 10  # epochs on all photographs; on training ones; last ones to average
 
 
 def _train_epoch(
