@@ -238,7 +238,7 @@ def _model_note(
     table: pd.DataFrame,  # the whole table
     ridge: str | None,  # the one to beat
 ) -> str:  # empty: no warning
-    "Warn if a model loses to a baseline, or if its lead may be chance."
+    "Return a warning if a model loses to a baseline, or if its lead may be chance."
     if "training mean" in table.index and line["score"] <= table.loc["training mean", "score"]:
         return "no better than the training mean"
     if ridge and line["ahead"] <= 0:

@@ -954,7 +954,7 @@ def _add_training(
 def client_main(
     argv: list[str] | None = None,  # None: from the command line
 ) -> None:
-    "Run biomass_kaggle: verify each step to a score."
+    "Run biomass_kaggle: take and verify each step to a score."
     parser = argparse.ArgumentParser(
         "biomass_kaggle", description="Upload, push, wait, fetch, submit; nothing is believed."
     )

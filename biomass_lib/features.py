@@ -260,7 +260,7 @@ def _train_heads(
     "Train the heads of `two_stream` on stored features. Raises FloatingPointError if the loss is not finite."
     features = torch.as_tensor(np.asarray(features_ND), dtype=torch.float32)
     true_N5 = torch.as_tensor(np.asarray(mass_N5), dtype=torch.float32)
-    size = max(1.0, float(features.std(dim=0, correction=0).square().mean().sqrt()) / 3)  # networks: 1
+    size = max(1.0, float(features.std(dim=0, correction=0).square().mean().sqrt()) / 3)  # 1 for networks
     features = features / size
     criterion = MassLoss(max(float(true_N5[:, TARGETS.index("Dry_Total_g")].std()), 1e-3), loss_beta_g)
     with torch.random.fork_rng(devices=[]):

@@ -64,7 +64,7 @@ def check_owner(
 
 # %% ../notebooks/70_kaggle_rules.ipynb #66e4a7cb
 def _check_keys(
-    what: str,  # name of the keys' file
+    what: str,  # file name, for the message
     metadata: dict[str, Any],
     known: set[str],  # keys that Kaggle reads
     texts: tuple[str, ...],  # keys that must be strings, if present
@@ -80,7 +80,7 @@ def _check_keys(
 
 
 def _check_list(
-    what: str,  # name of the list's file
+    what: str,  # file name, for the message
     key: str,  # its name
     entries: Any,  # the list, or a wrong value
     form: str,  # an entry's form, for the message
@@ -102,7 +102,7 @@ _KEYWORD = ("a keyword", r"\S.*")
 
 
 def _check_address(
-    what: str,  # name of the address's file
+    what: str,  # file name, for the message
     metadata: dict[str, Any],  # with id and title
     shortest: int,  # fewest letters of title and slug
 ) -> list[str]:  # problems
