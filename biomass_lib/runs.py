@@ -206,7 +206,7 @@ class Watcher:
         self.line(text)
 
     def tick(self, running: dict[Job, str], slots: int) -> None:
-        "See the running trainings, job -> GPU, a few times a second."
+        "Follow the running trainings, job -> GPU; called a few times a second."
 
     def more(self) -> list[Job]:
         "Plan more trainings; called while a slot is free and nothing waits."
