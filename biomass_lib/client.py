@@ -61,9 +61,9 @@ _SECRET_PATTERNS = (
 
 
 def _redact(
-    text: str,  # that somebody may see
+    text: str,  # to be shown
 ) -> str:
-    "Redact the credentials of the environment and whatever looks like one."
+    "Redact the environment's credentials, and anything that looks like one."
     for name in _SECRET_NAMES:
         secret = os.environ.get(name, "")
         if len(secret) >= 8:
@@ -75,17 +75,17 @@ def _redact(
 # %% ../notebooks/73_client.ipynb #eed0ade0
 @dataclass(frozen=True)
 class Reply:
-    "Hold what a command left behind."
+    "Hold a finished command's exit status and output."
 
-    command: str  # as one would type it
-    code: int  # exit status, to be mistrusted
-    text: str  # output and errors, as they came, redacted
+    command: str  # as typed
+    code: int  # exit status; not reliable
+    text: str  # stdout and stderr, redacted
 
 
 def _command_line(
-    args: tuple[str, ...],  # of the kaggle command
+    args: tuple[str, ...],  # for the kaggle command
 ) -> str:
-    "Write a command as one would type it."
+    "Format a command as you would type it."
     return shlex.join(["kaggle", *args])
 
 # %% ../notebooks/73_client.ipynb #e6dd2c37
@@ -101,7 +101,7 @@ def find_client() -> str:
 def _duration(
     seconds: float,
 ) -> str:
-    "Write a time in words."
+    "Format a duration."
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {unit}"
@@ -109,11 +109,11 @@ def _duration(
 
 # %% ../notebooks/73_client.ipynb #df706592
 def run_kaggle(
-    *args: str,  # of the kaggle command
-    show: bool = True,  # the command and what it says
-    seconds: float | None = None,  # then it is stopped; None: never
+    *args: str,  # for the kaggle command
+    show: bool = True,  # print the command and its output
+    seconds: float | None = None,  # time limit; None: none
 ) -> Reply:
-    "Run one command to its end. Raises KeyboardInterrupt after the command has ended, too."
+    "Run one command to its end. Raises KeyboardInterrupt once the command has ended, too."
     if show:
         print(f"$ {_command_line(args)}", flush=True)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -149,9 +149,9 @@ _STATUS_MEANINGS = {
 
 
 def _failure_reason(
-    reply: Reply,  # of a command that failed
+    reply: Reply,  # from a failed command
 ) -> str:  # one line
-    "Say why a command failed, as far as it can be known."
+    "Return why a command failed, as far as known."
     if "Authentication required" in reply.text or "401 Client Error" in reply.text:
         return _STATUS_MEANINGS[401]
     lines = [line.strip() for line in re.split(r"[\r\n]+", reply.text) if line.strip()]
@@ -170,19 +170,19 @@ def _failure_reason(
 
 # %% ../notebooks/73_client.ipynb #603c9ca7
 def _is_uncertain(
-    reply: Reply,  # of a command that failed
+    reply: Reply,  # from a failed command
 ) -> bool:
-    "Tell whether Kaggle may have done what was asked, all the same."
+    "Return whether Kaggle may have done the work despite the failure."
     return any(words in _failure_reason(reply) for words in ("dropped", "Server Error", "no answer within"))
 
 # %% ../notebooks/73_client.ipynb #68a40882
 class NotDone(RuntimeError):
-    "Report something that was not done, or could not be proven."
+    "Report a step that failed or could not be verified."
 
     def __init__(
         self,
         happened: str,  # in words
-        left: str,  # what is on Kaggle now
+        left: str,  # state on Kaggle now
         remedy: str,  # what to do
     ):
         parts = [" ".join(part.split()).rstrip(".") for part in (happened, left, remedy)]
@@ -191,10 +191,10 @@ class NotDone(RuntimeError):
 # %% ../notebooks/73_client.ipynb #82f47576
 @contextlib.contextmanager
 def _interruptible(
-    left: str,  # what is on Kaggle when this block is interrupted
+    left: str,  # state on Kaggle after an interruption
     remedy: str,  # what to do then
 ) -> Iterator[None]:
-    "Turn Ctrl-C into words."
+    "Turn Ctrl-C into `NotDone`."
     try:
         yield
     except KeyboardInterrupt:
@@ -202,9 +202,9 @@ def _interruptible(
 
 # %% ../notebooks/73_client.ipynb #43ec78a0
 def _first_json(
-    text: str,  # of a reply
-) -> Any:  # None: there is none
-    "Read the first JSON value that begins a line."
+    text: str,  # a reply's
+) -> Any:  # None: no JSON
+    "Read the first JSON value that starts a line."
     for bracket in re.finditer(r"^[\[{]", text, re.MULTILINE):
         with contextlib.suppress(ValueError):
             return json.JSONDecoder().raw_decode(text, bracket.start())[0]
@@ -212,14 +212,14 @@ def _first_json(
 
 # %% ../notebooks/73_client.ipynb #e8d8c051
 def _poll(
-    args: tuple[str, ...],  # of the kaggle command that asks
-    read: Callable[[Reply], str],  # state in an answer; "" where there is none
-    ended: Callable[[str], bool],  # is this the last state?
-    every: float,  # seconds between two questions
-    limit: float,  # seconds in all
-    misses: int = 5,  # questions in a row without an answer
-) -> tuple[str, Reply]:  # the last state, the reply it stood in
-    "Ask until it is over. Raises TimeoutError after `limit` or `misses` lost answers, with the last state."
+    args: tuple[str, ...],  # for the kaggle command that asks
+    read: Callable[[Reply], str],  # returns the state in a reply; "": none
+    ended: Callable[[str], bool],  # returns whether a state is final
+    every: float,  # seconds between questions
+    limit: float,  # total seconds
+    misses: int = 5,  # unanswered questions in a row
+) -> tuple[str, Reply]:  # the last state and its reply
+    "Ask until the final state. Raises TimeoutError with the last state after `limit` or `misses` lost answers."
     print(f"$ {_command_line(args)}  # every {_duration(every)}, for {_duration(limit)} at most", flush=True)
     began, lost, last = time.monotonic(), 0, ""
     while True:
@@ -243,21 +243,21 @@ def _poll(
 
 # %% ../notebooks/73_client.ipynb #ace98547
 def _kernel_state(
-    reply: Reply,  # of kaggle kernels status
+    reply: Reply,  # from kaggle kernels status
 ) -> str:
     'Return the word in `... has status "KernelWorkerStatus.RUNNING"`, in small letters.'
     status = re.search(r'has status "(?:\w+\.)?(\w+)"', reply.text)
     return status[1].lower() if status and reply.code == 0 else ""
 
 # %% ../notebooks/73_client.ipynb #f46a5496
-_DATASET_FILES = {"manifest.json", "README.md"}  # next to the weights
-_NOT_UPLOADED = {"dataset-metadata.json", ".cache"}  # read by the client, or left out by it
+_DATASET_FILES = {"manifest.json", "README.md"}  # allowed next to the weights
+_NOT_UPLOADED = {"dataset-metadata.json", ".cache"}  # read or skipped by the client
 
 
 def _weights_files(
     folder: str | Path,  # the weights dataset
-) -> dict[str, int]:  # name: bytes of all that will be uploaded
-    "Read the folder through. Raises ValueError for what does not belong there, and as `read_manifest` does."
+) -> dict[str, int]:  # name: bytes, of all files to upload
+    "Verify the folder. Raises ValueError for files that do not belong there, and as `read_manifest` does."
     folder = Path(folder)
     names = {facts["file"] for facts in manifest_files(read_manifest(folder))} | _DATASET_FILES
     unknown = sorted(path.name for path in folder.iterdir() if path.name not in names | _NOT_UPLOADED)
@@ -267,17 +267,17 @@ def _weights_files(
 
 # %% ../notebooks/73_client.ipynb #fa9f3e31
 def _refuse(
-    problems: list[str],  # that were found at home
+    problems: list[str],  # found locally
 ) -> None:
-    "Stop before anything is sent. Raises NotDone when there are problems."
+    "Stop before anything is sent. Raises NotDone if there are problems."
     if problems:
         raise NotDone("; ".join(problems), "nothing was sent", "put this right and run it again")
 
 # %% ../notebooks/73_client.ipynb #01cadedd
 def _dataset_state(
-    reply: Reply,  # of kaggle datasets status --format json
+    reply: Reply,  # from kaggle datasets status --format json
 ) -> str:  # such as "ready, version 3"
-    "Read state and current version."
+    "Read the state and the current version."
     answer = _first_json(reply.text) if reply.code == 0 else None
     if not isinstance(answer, dict) or "status" not in answer:
         return ""
@@ -286,10 +286,10 @@ def _dataset_state(
 # %% ../notebooks/73_client.ipynb #124fd9f5
 def _dataset_version(
     dataset: str,  # owner/slug
-    misses: int = 3,  # questions without an answer
+    misses: int = 3,  # unanswered questions
     every: float = 10.0,  # seconds between them
-) -> int:  # 0: there is no such dataset
-    "Ask for the current version. Raises NotDone when Kaggle does not say."
+) -> int:  # 0: no such dataset
+    "Ask for the current version. Raises NotDone if Kaggle does not answer."
     args = ("datasets", "status", dataset, "--format", "json")
     for attempt in range(misses):
         reply = run_kaggle(*args, show=not attempt, seconds=120.0)
@@ -310,7 +310,7 @@ def _dataset_version(
 # %% ../notebooks/73_client.ipynb #ed5c986f
 def _dataset_files(
     dataset: str,  # owner/slug/version
-) -> dict[str, int] | None:  # name: bytes; None: Kaggle does not say
+) -> dict[str, int] | None:  # name: bytes; None: no answer
     "Read all pages of `kaggle datasets files`."
     files, token = {}, ""
     while True:
@@ -328,10 +328,10 @@ def _dataset_files(
 
 # %% ../notebooks/73_client.ipynb #03e001ca
 def _file_differences(
-    local: dict[str, int],  # name: bytes, at home
+    local: dict[str, int],  # name: bytes, in your folder
     remote: dict[str, int],  # name: bytes, on Kaggle
-) -> list[str]:  # in words
-    "List what is missing, of another size, or too much."
+) -> list[str]:  # descriptions
+    "List missing files, extra files and other sizes."
     lines = [f"{name} is missing" for name in sorted(set(local) - set(remote))]
     lines += [
         f"{name} has {remote[name]} bytes there, {local[name]} here"
@@ -342,12 +342,12 @@ def _file_differences(
 
 # %% ../notebooks/73_client.ipynb #1f0bd2bc
 def _send_weights(
-    folder: str | Path,  # that has been checked
+    folder: str | Path,  # already checked
     dataset: str,  # owner/slug
-    before: int,  # its version; 0: none
-    message: str,  # to the new version
+    before: int,  # its current version; 0: none
+    message: str,  # for the new version
 ) -> None:
-    "Create the dataset or its next version. Raises NotDone unless the client says that it is being created."
+    "Create the dataset or its next version. Raises NotDone unless the client says it is being created."
     verb = ("version", "-m", message) if before else ("create",)
     left = f"{dataset} as it was, version {before}" if before else f"no dataset {dataset}"
     again = "run the same command again; files that were sent in part are continued"
@@ -360,11 +360,11 @@ def _send_weights(
 # %% ../notebooks/73_client.ipynb #279a47ed
 def upload_weights(
     folder: str | Path = "kaggle/weights",  # weights, manifest, dataset-metadata.json
-    message: str = "",  # to a new version; empty: named after the experiment
-    every: float = 10.0,  # seconds between two questions
-    limit: float = 1800.0,  # seconds until Kaggle must be ready
-) -> int:  # the version that is ready and complete
-    "Create or renew the weights dataset, wait for it, and compare its files. Raises NotDone."
+    message: str = "",  # for a new version; empty: the experiment's name
+    every: float = 10.0,  # seconds between questions
+    limit: float = 1800.0,  # seconds to wait for Kaggle
+) -> int:  # the ready and complete version
+    "Create or update the weights dataset, wait for it, and compare its files. Raises NotDone."
     folder = Path(folder)
     try:
         metadata, files = read_metadata(folder / "dataset-metadata.json"), _weights_files(folder)
@@ -384,10 +384,10 @@ def upload_weights(
 def _wait_for_weights(
     dataset: str,  # owner/slug
     before: int,  # version before the upload
-    files: dict[str, int],  # name: bytes, that must be in the new one
-    every: float,  # seconds between two questions
-    limit: float,  # seconds in all
-) -> int:  # the version that is ready and complete
+    files: dict[str, int],  # name: bytes, expected in the new version
+    every: float,  # seconds between questions
+    limit: float,  # total seconds
+) -> int:  # the ready and complete version
     "Wait until a version after `before` is ready and compare its files. Raises NotDone."
     left = f"a new version of {dataset} that may or may not become ready"
     look = f"look with kaggle datasets status {dataset}, or upload again"
@@ -423,10 +423,10 @@ def _wait_for_weights(
 
 # %% ../notebooks/73_client.ipynb #761ec050
 def _pushed_version(
-    reply: Reply,  # of kaggle kernels push
+    reply: Reply,  # from kaggle kernels push
     kernel: str,  # owner/slug
 ) -> int:  # version
-    "Return the version that was pushed, complete. Raises NotDone."
+    "Return the version of a complete push. Raises NotDone."
     success = re.search(r"Kernel version (\d+) successfully pushed", reply.text)
     if not success:
         reason, left = f"not pushed: {_failure_reason(reply)}", f"{kernel}, no new version that we know of"
@@ -446,9 +446,9 @@ def _pushed_version(
 
 # %% ../notebooks/73_client.ipynb #9bd917bb
 def _kernel_id(
-    folder: str | Path = "kaggle/inference",  # of the repository
+    folder: str | Path = "kaggle/inference",  # in the repository
 ) -> str:  # owner/slug
-    "Read the id from kernel-metadata.json. Raises NotDone when it has no owner yet."
+    "Read the id from kernel-metadata.json. Raises NotDone if it has no owner yet."
     name = "kernel-metadata.json"
     try:
         metadata = read_metadata(Path(folder) / name)
@@ -459,7 +459,7 @@ def _kernel_id(
 
 # %% ../notebooks/73_client.ipynb #29f09082
 def push_kernel(
-    folder: str | Path = "kaggle/inference",  # of the repository
+    folder: str | Path = "kaggle/inference",  # in the repository
 ) -> int:  # version
     "Check and push the kernel. Raises NotDone."
     folder, kernel = Path(folder), _kernel_id(folder)
@@ -473,12 +473,12 @@ def push_kernel(
 # %% ../notebooks/73_client.ipynb #c553d5ab
 def wait_kernel(
     kernel: str,  # owner/slug, or owner/slug/version
-    every: float = 60.0,  # seconds between two questions
+    every: float = 60.0,  # seconds between questions
     limit: float = 36000.0,  # seconds; Kaggle itself stops after 9 hours
-    misses: int = 5,  # questions in a row without an answer
-    again: str = "biomass_kaggle wait",  # what to type when the wait was cut short
+    misses: int = 5,  # unanswered questions in a row
+    again: str = "biomass_kaggle wait",  # command to type after an interruption
 ) -> None:
-    "Wait until the newest run is complete, in two answers at least. Raises NotDone when it does not end so."
+    "Wait until at least two answers say that the newest run is complete. Raises NotDone for any other end."
     page = "/".join(kernel.split("/")[:2])
     runs_on = (f"the run of {kernel}, which may go on", f"{again}, or look at kaggle.com/code/{page}")
     seen = []
@@ -506,7 +506,7 @@ def _check_output(
     folder: Path,  # as downloaded
     data_dir: str | Path = "",  # with test.csv; empty: rows are not compared
 ) -> int:  # rows
-    "Check that submission.csv is there, whole and valid. Raises ValueError or FileNotFoundError."
+    "Check that submission.csv exists, complete and valid. Raises ValueError or FileNotFoundError."
     path = folder / "submission.csv"
     if not path.is_file():
         others = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
@@ -526,10 +526,10 @@ def _check_output(
 
 # %% ../notebooks/73_client.ipynb #aeaf19f8
 def _replace_folder(
-    new: Path,  # folder that is complete
-    out: Path,  # its final name; an older one goes
+    new: Path,  # complete folder
+    out: Path,  # its final name; an older folder is removed
 ) -> None:
-    "Replace a folder by another; half a folder never stands under the final name."
+    "Replace a folder by another; the final name never holds half a folder."
     old = new.with_suffix(".old")
     try:
         if out.exists():
@@ -542,13 +542,13 @@ def _replace_folder(
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../notebooks/73_client.ipynb #7a41d9c5
-_MARKER = ".biomass_output"  # marker, with the kernel's name in it
+_MARKER = ".biomass_output"  # marker file with the kernel's name
 
 
 def _check_target(
-    out: Path,  # where an output is to go
+    out: Path,  # target folder
 ) -> None:
-    "Check that a download may go there. Raises NotDone for what was not fetched by us."
+    "Check that a download may go there. Raises NotDone for a folder that we did not fetch."
     ours = (out / _MARKER).is_file() or (out.is_dir() and not any(out.iterdir()))
     if not ours and (out.exists() or out.is_symlink()):
         raise NotDone(
@@ -561,9 +561,9 @@ def _check_target(
 @contextlib.contextmanager
 def _downloaded(
     kernel: str,  # owner/slug, or owner/slug/version
-    out: Path,  # where what is good will go
-) -> Iterator[Path]:  # folder next to it, gone afterwards
-    "Download the output of a run for the block to check. Raises NotDone, also for what the block raises."
+    out: Path,  # final folder, for a valid download
+) -> Iterator[Path]:  # temporary folder next to it
+    "Download a run's output for the block to check. Raises NotDone, also if the block raises."
     left, remedy = f"the output of {kernel}, as it was", "read the log, kaggle kernels logs, or fetch again"
     _check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -582,10 +582,10 @@ def _downloaded(
 # %% ../notebooks/73_client.ipynb #76ff04d8
 def fetch_output(
     kernel: str,  # owner/slug, or owner/slug/version
-    out: str | Path = "runs/kaggle_output",  # folder; one of an earlier call is replaced
+    out: str | Path = "runs/kaggle_output",  # folder; replaced if an earlier call made it
     data_dir: str | Path = "",  # with test.csv; empty: rows are not compared
 ) -> Path:  # submission.csv
-    "Download the output of a run and check the submission in it. Raises NotDone; then `out` is as it was."
+    "Download a run's output and check its submission. Raises NotDone, leaving `out` unchanged."
     out = Path(out)
     with _downloaded(kernel, out) as scratch:
         rows = _check_output(scratch, data_dir)
@@ -598,11 +598,11 @@ def fetch_output(
 # %% ../notebooks/73_client.ipynb #f516196a
 def _parameters_cell(
     config: Config,
-    folds: list[int | str],  # numbers, or all
+    folds: list[int | str],  # numbers, or "all"
     seeds: list[int],
-    hours: float,  # of the session
+    hours: float,  # the session's limit
 ) -> str:
-    "Write the parameters cell of the training kernel."
+    "Format the training kernel's parameters cell."
     here = ("data_dir", "runs_dir", "cache_dir", *CELL_PARAMETERS)
     default, values = Config().to_dict(), config.to_dict()
     names = [name for name in values if name not in here and not name.startswith("wandb")]
@@ -612,17 +612,17 @@ def _parameters_cell(
     return f"PARAMETERS = {quoted}\nFOLDS = {list(folds)!r}\nSEEDS = {list(seeds)!r}\nHOURS = {hours!r}"
 
 # %% ../notebooks/73_client.ipynb #9c9c1c6a
-_MOST_LETTERS = 50  # of a title and a slug
+_MOST_LETTERS = 50  # in a title or a slug
 
 
 def _of_experiment(
     metadata: dict[str, Any],  # kernel-metadata.json of kaggle/training
     experiment: str,
-) -> dict[str, Any]:  # the same with its own id and title
-    "Name the training kernel of an experiment: the same name each time, and no two alike."
+) -> dict[str, Any]:  # a copy with its own id and title
+    "Name an experiment's training kernel: always the same name, and no two alike."
     slug = metadata["id"].rpartition("/")[2]
     own, room = re.sub(r"[^a-z0-9]+", "-", experiment.lower()).strip("-"), _MOST_LETTERS - len(slug) - 1
-    if len(own) > room or not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", experiment):  # then others have this one, too
+    if len(own) > room or not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", experiment):  # not unique
         digest = hashlib.sha256(experiment.encode()).hexdigest()[:6]
         own = f"{own[: max(0, room - 7)].strip('-')}-{digest}".strip("-")
     return metadata | {"id": f"{metadata['id']}-{own}", "title": f"{metadata.get('title')} {own}"}
@@ -630,13 +630,13 @@ def _of_experiment(
 # %% ../notebooks/73_client.ipynb #f0d30be3
 def _write_training(
     folder: Path,  # empty
-    root: Path,  # of the repository
+    root: Path,  # the repository's
     experiment: str,
-    cell: str,  # of `_parameters_cell`
+    cell: str,  # from `_parameters_cell`
     internet: bool,
-    earlier: bool,  # go on with the kernel's own output
+    earlier: bool,  # continue from the kernel's own output
 ) -> None:
-    "Write the training kernel as it is pushed. Raises NotDone for what Kaggle would refuse."
+    "Write the training kernel to push. Raises NotDone if Kaggle would refuse it."
     try:
         metadata = read_metadata(root / "kaggle" / "training" / "kernel-metadata.json")
         problems = check_kernel(root, "training")
@@ -652,8 +652,8 @@ def _write_training(
 # %% ../notebooks/73_client.ipynb #be9b96e2
 def _last_state(
     kernel: str,  # owner/slug
-) -> str:  # "": there is no such kernel, or none that we may see
-    "Ask for the state of a kernel's newest run. Raises NotDone when Kaggle does not say."
+) -> str:  # "": no such kernel, or none that we may see
+    "Ask for the state of a kernel's newest run. Raises NotDone if Kaggle does not answer."
     reply = run_kaggle("kernels", "status", kernel, seconds=120.0)
     state = _kernel_state(reply)
     if not state and not re.search(r"was denied|40[34] Client Error", reply.text):
@@ -663,10 +663,10 @@ def _last_state(
 # %% ../notebooks/73_client.ipynb #f8696d98
 def _check_run(
     folder: Path,  # runs/<experiment>, as downloaded
-    config: Config,  # what was asked for
+    config: Config,  # as requested
     cells: list[Cell],
-) -> list[str]:  # what is not done, in words
-    "Verify a run folder. Raises ValueError for damaged files and other parameters, FileNotFoundError without one."
+) -> list[str]:  # descriptions of unfinished cells
+    "Verify a run folder. Raises ValueError for damaged files or other parameters, FileNotFoundError if missing."
     if not folder.is_dir():
         others = ", ".join(sorted(item.name for item in folder.parent.iterdir())) or "nothing"
         raise FileNotFoundError(f"the output has no run folder {folder.name}, only {others}")
@@ -690,9 +690,9 @@ def _fetch_run(
     kernel: str,  # owner/slug, or owner/slug/version
     config: Config,
     cells: list[Cell],
-    out: Path,  # where the run folder goes; one of an earlier call is replaced
+    out: Path,  # target of the run folder; replaced if an earlier call made it
 ) -> None:
-    "Download the run folder and verify it. Raises NotDone for what is damaged, then `out` is as it was, or left to do."
+    "Download and verify the run folder. Raises NotDone for unfinished cells, or damage, which leaves `out` unchanged."
     with _downloaded(kernel, out) as scratch:
         folder = scratch / config.experiment
         left = _check_run(folder, config, cells)
@@ -710,9 +710,9 @@ def _fetch_run(
 
 # %% ../notebooks/73_client.ipynb #a8a615a6
 def _read_request(
-    args: argparse.Namespace,  # of `client_main`
+    args: argparse.Namespace,  # from `client_main`
 ) -> tuple[Config, list[int | str], list[int], list[Cell]]:  # parameters, folds, seeds, cells
-    "Read the parameter file and list the trainings. Raises NotDone for parameters and folds that make no sense."
+    "Read the parameter file and list the cells. Raises NotDone for invalid parameters or folds."
     try:
         config = config_from_yaml(args.params, **{name: parse_value(name, text) for name, text in args.p})
         folds = args.folds or list(range(config.n_folds))
@@ -726,17 +726,17 @@ def _read_request(
 
 
 def _chosen_waits(
-    args: argparse.Namespace,  # of `client_main`
-) -> dict[str, float]:  # every, limit, as far as given
-    "Return how to wait."
+    args: argparse.Namespace,  # from `client_main`
+) -> dict[str, float]:  # every and limit, if given
+    "Return the wait options that were given."
     return {name: getattr(args, name) for name in ("every", "limit") if getattr(args, name) is not None}
 
 # %% ../notebooks/73_client.ipynb #af1ae3b8
 def _run_training(
-    args: argparse.Namespace,  # of `client_main`
-    done: list[str],  # gets the steps that are proven
+    args: argparse.Namespace,  # from `client_main`
+    done: list[str],  # gets the verified steps
 ) -> None:
-    "Push the training kernel, unless a run of it goes on, wait, fetch and verify. Raises NotDone."
+    "Push the training kernel unless it is running, wait, fetch and verify. Raises NotDone."
     config, folds, seeds, cells = _read_request(args)
     root = Path(os.path.relpath(repo_root()))
     kernel = _of_experiment({"id": _kernel_id(root / "kaggle" / "training")}, config.experiment)["id"]
@@ -765,9 +765,9 @@ _COMPETITION = "csiro-biomass"
 
 
 def _read_submissions(
-    reply: Reply,  # of kaggle competitions submissions --format json
+    reply: Reply,  # from kaggle competitions submissions --format json
 ) -> dict[int, dict[str, Any]] | None:  # by ref, newest first; None: no answer
-    "Read the submissions that a reply lists."
+    "Read the submissions listed in a reply."
     rows = [] if "No submissions found" in reply.text else _first_json(reply.text)
     if reply.code or not isinstance(rows, list):
         return None
@@ -776,10 +776,10 @@ def _read_submissions(
 # %% ../notebooks/73_client.ipynb #0ec0cade
 def _list_submissions(
     competition: str = _COMPETITION,
-    attempts: int = 3,  # questions
+    attempts: int = 3,  # number of questions
     every: float = 10.0,  # seconds between them
 ) -> dict[int, dict[str, Any]]:  # by ref, newest first
-    "List your newest submissions. Raises TimeoutError with the reason when Kaggle does not say."
+    "List your newest submissions. Raises TimeoutError with the reason if Kaggle does not answer."
     for attempt in range(attempts):
         reply = run_kaggle("competitions", "submissions", competition, "--format", "json", show=False, seconds=120.0)
         submissions = _read_submissions(reply)
@@ -790,22 +790,22 @@ def _list_submissions(
 
 # %% ../notebooks/73_client.ipynb #c4d81a06
 def _submission_ref(
-    reply: Reply,  # of kaggle competitions submit
-) -> tuple[int, bool]:  # ref, 0 where none is printed; whether it was plainly refused
-    "Read what the client prints about a submission."
+    reply: Reply,  # from kaggle competitions submit
+) -> tuple[int, bool]:  # ref, 0 if none was printed; whether it was plainly refused
+    "Read the client's output about a submission."
     printed = re.search(r"^Submission ref: (\d+)", reply.text, re.MULTILINE)
     refused = re.search(r"\b4\d\d Client Error|Authentication required", reply.text)
     return int(printed[1]) if printed else 0, bool(refused) and not printed
 
 # %% ../notebooks/73_client.ipynb #728b1370
 def _find_submission(
-    ref: int,  # as the client printed it; 0: it did not
-    before: dict[int, dict[str, Any]],  # the list before we submitted
-    message: str,  # of ours
-    looks: int,  # at the list
+    ref: int,  # printed by the client; 0: none
+    before: dict[int, dict[str, Any]],  # the list before the submission
+    message: str,  # the submission's
+    looks: int,  # how often to read the list
     competition: str = _COMPETITION,
-    every: float = 10.0,  # seconds between two looks
-) -> dict[str, Any] | None:  # its row; None: it is not in the list
+    every: float = 10.0,  # seconds between looks
+) -> dict[str, Any] | None:  # its row; None: not listed
     "Look for our submission, several times. Raises TimeoutError as `_list_submissions` does."
     for look in range(looks):
         time.sleep(every if look else 0)
@@ -818,13 +818,13 @@ def _find_submission(
 # %% ../notebooks/73_client.ipynb #60a2c9d8
 def submit_version(
     kernel: str,  # owner/slug
-    version: int,  # that has run
-    message: str,  # by which you will know it again
-    file: str = "submission.csv",  # of the kernel's output
+    version: int,  # a finished one
+    message: str,  # to recognise it by
+    file: str = "submission.csv",  # in the kernel's output
     competition: str = _COMPETITION,
-    every: float = 10.0,  # seconds between two looks at the list
-    looks: int = 6,  # at the list, unless the submission was refused
-) -> int:  # ref of the submission
+    every: float = 10.0,  # seconds between looks at the list
+    looks: int = 6,  # how often to read the list, unless the submission was refused
+) -> int:  # the submission's ref
     "Submit a kernel version once. Raises NotDone unless a new submission is listed."
     try:
         before = _list_submissions(competition, every=every)
@@ -854,13 +854,13 @@ def submit_version(
 
 # %% ../notebooks/73_client.ipynb #d80dc74e
 def show_score(
-    ref: int = 0,  # of the submission; 0: the newest
+    ref: int = 0,  # the submission's; 0: the newest
     competition: str = _COMPETITION,
-    every: float = 120.0,  # seconds between two questions
+    every: float = 120.0,  # seconds between questions
     limit: float = 36000.0,  # seconds; a rerun may take 9 hours
-    patience: int = 5,  # looks at a complete submission that has no score
+    patience: int = 5,  # looks at a complete submission without a score
 ) -> float:  # public score
-    "Wait until a submission has its score. Raises NotDone when it gets none."
+    "Wait until a submission has its score. Raises NotDone if it gets none."
     left, look = "the submission, which is being scored", "biomass_kaggle score, later"
 
     def read(reply: Reply) -> str:
@@ -894,10 +894,10 @@ def show_score(
 
 # %% ../notebooks/73_client.ipynb #d81e966b
 def _run_steps(
-    args: argparse.Namespace,  # of `client_main`
-    done: list[str],  # gets the steps that are proven
+    args: argparse.Namespace,  # from `client_main`
+    done: list[str],  # gets the verified steps
 ) -> None:
-    "Do what was asked for, step by step. Raises NotDone."
+    "Run the requested steps in order. Raises NotDone."
     waits = _chosen_waits(args)
     pause = {"every": args.every} if args.every is not None else {}
     root = Path(os.path.relpath(repo_root()))
@@ -941,7 +941,7 @@ _STEPS = {
 def _add_training(
     parser: argparse.ArgumentParser,
 ) -> None:
-    "Add what only the step train takes."
+    "Add the options of the step train."
     group = parser.add_argument_group("train")
     group.add_argument("params", nargs="?", default="", type=user_path, help="parameter file")
     group.add_argument("--folds", type=fold_name, nargs="+", help="which, all: the refit (default: every fold)")
@@ -954,7 +954,7 @@ def _add_training(
 def client_main(
     argv: list[str] | None = None,  # None: from the command line
 ) -> None:
-    "biomass_kaggle: run the steps to a score and verify each."
+    "Run biomass_kaggle: take and verify each step to a score."
     parser = argparse.ArgumentParser(
         "biomass_kaggle", description="Upload, push, wait, fetch, submit; nothing is believed."
     )

@@ -19,23 +19,23 @@ from .targets import PRIMARY, TARGETS, WEIGHTS
 # %% ../notebooks/23_losses.ipynb #6f4c8065
 def _huber(
     error_B5: torch.Tensor,  # scaled
-    beta: float,  # scaled: where square turns into linear
+    beta: float,  # scaled error where square turns into linear
 ) -> torch.Tensor:  # parts_5
-    "Compute torch's smooth L1, half the square over beta, then linear with slope 1; the mean over the batch."
+    "Average torch's smooth L1 over the batch: half the square over beta, then linear with slope 1."
     return F.huber_loss(error_B5, torch.zeros_like(error_B5), delta=beta, reduction="none").mean(dim=0) / beta
 
 
 def _tolerance_g(
     true_B5: torch.Tensor,  # grams
 ) -> torch.Tensor:  # free_B5, grams
-    "Compute the errors that cost nothing: 1 g up to 20 g, above that a tenth of the mass, at most 5 g."
+    "Compute the free error: 1 g up to 20 g, above that a tenth of the mass, at most 5 g."
     return torch.where(true_B5 <= 20, 1.0, (0.1 * true_B5).clamp(max=5.0))
 
 
 def _imbalance_g(
     mass_B5: torch.Tensor,  # grams, order of TARGETS
 ) -> torch.Tensor:  # missing_B, grams
-    "Compute how far sums are from their parts."
+    "Compute the gap between sums and parts."
     green, dead, clover, gdm, total = mass_B5.unbind(-1)
     return (gdm - green - clover).abs() + (total - gdm - dead).abs()
 
@@ -50,10 +50,10 @@ class MassLoss(nn.Module):
     def __init__(
         self,
         scale_g: float,  # grams that count as 1
-        beta_g: float = 10.0,  # of huber: grams of error where square turns into linear
+        beta_g: float = 10.0,  # for huber: error in grams where square turns into linear
         kind: str = "huber",  # huber, mse, eps or nll
-        over: str = "primary",  # primary or all: the masses that count
-        consistency: float = 0.0,  # weight of the grams that sums lack of their parts
+        over: str = "primary",  # masses that count: primary or all
+        consistency: float = 0.0,  # weight of the gap between sums and parts
     ):
         super().__init__()
         if kind not in LOSSES or over not in _LOSS_OVER:
@@ -90,11 +90,11 @@ class MassLoss(nn.Module):
 
 # %% ../notebooks/23_losses.ipynb #46c01a3f
 def _scaled_labels(
-    table: Any,  # training photographs, a data frame
+    table: Any,  # data frame of training photographs
     name: str,  # of the task
-    known: list,  # of its heads, from `aux_spec`
-) -> torch.Tensor:  # true_N (of five masses: true_N5), float32: scaled value, number of the class, grams; NaN: no label
-    "Read labels as the heads predict them. Raises ValueError for a class that the heads do not know."
+    known: list,  # the task's entry in `aux_spec`
+) -> torch.Tensor:  # true_N (five masses: true_N5), float32: scaled value, class number or grams; NaN: no label
+    "Convert labels to the scale of the heads. Raises ValueError for an unknown class."
     labels = labels_of(table, name)
     if name in MEASURED:
         mean, spread = known
@@ -114,11 +114,11 @@ def _scaled_labels(
 
 # %% ../notebooks/23_losses.ipynb #b9aa65c4
 def _class_loss(
-    logits_BK: torch.Tensor,  # of all questions, side by side
-    true_BQ: torch.Tensor,  # numbers of the classes, a column a question
-    groups: list[int],  # classes of each question
-) -> torch.Tensor:  # loss_B; 1 is what a guess costs
-    "Average the cross-entropies of one question, or of the five masses with the weights of the score."
+    logits_BK: torch.Tensor,  # of all questions, concatenated
+    true_BQ: torch.Tensor,  # class numbers, a column a question
+    groups: list[int],  # number of classes of each question
+) -> torch.Tensor:  # loss_B; a guess costs 1
+    "Average the cross-entropies of the questions; five masses get the score's weights."
     questions = zip(logits_BK.split(groups, dim=1), true_BQ.long().unbind(1), strict=True)
     losses = [
         F.cross_entropy(logits_BC, true_B, reduction="none") / np.log(max(2, logits_BC.shape[1]))
@@ -131,20 +131,20 @@ def _class_loss(
 def _spread_loss(
     error_B5: torch.Tensor,  # grams
     sd_B5: torch.Tensor,  # grams, predicted
-    known: list[float],  # sd of the masses in training, grams
+    known: list[float],  # the masses' training sd, grams
 ) -> torch.Tensor:  # loss_B
-    "Compute the negative log-likelihood of errors under normal distributions, weighted as the score is."
+    "Compute the Gaussian negative log-likelihood of errors, weighted like the score."
     nll_B5 = (error_B5 / sd_B5).square() / 2 + (sd_B5 / sd_B5.new_tensor(known)).log()
     return nll_B5 @ nll_B5.new_tensor(WEIGHTS) / sum(WEIGHTS)
 
 # %% ../notebooks/23_losses.ipynb #63658d05
 class AuxLoss(nn.Module):
-    "Compute the loss of auxiliary heads. Raises ValueError for a class that the heads do not know."
+    "Compute the loss of auxiliary heads. Raises ValueError for an unknown class."
 
     def __init__(
         self,
-        spec: dict[str, list],  # of `aux_spec`, as the heads have it
-        table: Any,  # training photographs, a data frame; a batch names its rows
+        spec: dict[str, list],  # the heads' spec, from `aux_spec`
+        table: Any,  # data frame of training photographs; batches index its rows
     ):
         super().__init__()
         self.known = {name: known for name, known in spec.items()}
@@ -153,10 +153,10 @@ class AuxLoss(nn.Module):
 
     def forward(
         self,
-        outputs: dict[str, torch.Tensor],  # of a model
+        outputs: dict[str, torch.Tensor],  # the model's
         index_B: torch.Tensor,  # rows of the table
     ) -> torch.Tensor:  # mean over the tasks
-        "Average the losses of the tasks over photographs with a label."
+        "Average the tasks' losses over photographs with a label."
         losses = []
         for name in self.known:
             true_BQ = getattr(self, f"true_{name}")[index_B].reshape(len(index_B), -1)
