@@ -128,7 +128,7 @@ _FOLDS = ("n_folds", "fold_scheme", "fold_seed", "exclude")
 def _check_pairs(
     runs: dict[str, Path],  # from `_expand_runs`
 ) -> None:
-    "Compare folds and data of runs. Raises ValueError that names two runs that can't be paired."
+    "Compare folds and data of runs. Raises ValueError naming two that can't be paired."
     first, *others = runs
     folds = {name: read_text_csv(folder / "folds.csv", ("image_id", "fold")) for name, folder in runs.items()}
     folds = {name: dict(zip(table["image_id"], table["fold"], strict=True)) for name, table in folds.items()}
@@ -241,8 +241,8 @@ class Comparison:
     )  # a row for each run: score, low, high, delta, delta_low, delta_high, seed_sd, cells, minutes, ...
     gain: ChosenGain | None  # None: the photographs are of one visit
     parts: list[str]  # left out in turn for the gain: folds or visits
-    oofs: dict[str, pd.DataFrame]  # as from read_oof, of the common cells
-    sums_MK4: np.ndarray | None  # of `cluster_sums`; None: one visit
+    oofs: dict[str, pd.DataFrame]  # from read_oof, of the common cells
+    sums_MK4: np.ndarray | None  # from `cluster_sums`; None: one visit
     curves: dict[str, pd.Series]  # epoch -> mean val/score of the common cells
     n_visits: int
     level: float
@@ -309,7 +309,7 @@ def _mean_curve(
 
 
 def _parts_of_visits(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
 ) -> tuple[np.ndarray, str]:  # part_K in the order of `cluster_sums`; folds or visits
     "Find the fold of each visit (that of most of its photographs). With one fold, each visit is a part."
     code_N, names = pd.factorize(visit_of(oof))
@@ -322,7 +322,7 @@ def _find_base(
     base: str | Path,  # name or folder; empty: of sweep.json, or the first
     named: Iterable[str | Path],  # as typed; a sweep's folder may hold a sweep.json
 ) -> str:
-    "Find the base: the named run, that of sweep.json, or the first. Raises ValueError that lists the runs."
+    "Find the base: the named run, that of sweep.json, or the first. Raises ValueError listing the runs."
     if base:
         same = [name for name, folder in runs.items() if str(base) == name or Path(base).resolve() == folder.resolve()]
         if not same:

@@ -52,7 +52,7 @@ def photo_digests(
 
 # %% ../notebooks/16_dataset.ipynb #92787e18
 def _photo_facts(
-    table: pd.DataFrame,  # one row a photograph
+    table: pd.DataFrame,  # one row per photograph
     paths: list[Path],  # of the photographs
 ) -> dict[str, dict[str, str]]:  # image id (or path) -> cells of the table, digest of the file
     "Describe the photographs of a training. Reads each of them once."
@@ -154,7 +154,7 @@ class _RankBatches(Sampler):
     def __init__(
         self,
         order: Sampler | range,  # rows of all processes together
-        batch_size: int,  # photographs a batch in each process
+        batch_size: int,  # photographs per batch in each process
         rank: int,  # of this process, from 0
         size: int,  # number of processes
         stand_in: bool,  # in a last batch without rows for this process; False: skip it
@@ -267,7 +267,7 @@ class _CheckedLoader(DataLoader):
 # %% ../notebooks/16_dataset.ipynb #09628787
 def make_loader(
     dataset: HalvesDataset,
-    batch_size: int,  # photographs a batch
+    batch_size: int,  # photographs per batch
     shuffle: bool,  # a new order in each epoch; False: the table's order
     workers: int = 0,  # processes; 0 loads in this one
     seed: int = 0,  # of the order

@@ -49,7 +49,7 @@ class _Visit:
     species: tuple[str, ...]
     level_g: tuple[float, float, float]  # typical grass, clover, dead
     height_cm: float  # typical sward height
-    tuft: float  # share of the grass that stands in tussocks
+    tuft: float  # share of the grass in tussocks
     mat: float  # share of the soil under green too low to be clipped: 0 to 1
     litter: float  # amount of weightless straw on the soil: 0 to 1
     soil_3: tuple[float, float, float]  # colour
@@ -147,7 +147,7 @@ def _tussocks(
     rng: np.random.Generator,
     count: int,  # leaves
     length: float,  # typical, pixels
-    share: float,  # of the leaves that stand in tussocks
+    share: float,  # of the leaves in tussocks
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # base_K2, angle_K, size_K: the mean of size to 2.5 is 1
     "Place blades singly and in tussocks."
     patch_HW = _patches(rng)
@@ -155,7 +155,7 @@ def _tussocks(
     angle_K, size_K = rng.uniform(0, 2 * np.pi, count), np.ones(count)
     n_tufts = max(1, round(count * share / 160))
     centre_T2, size_T = _patchy_points(rng, n_tufts, patch_HW), rng.lognormal(0, 0.35, n_tufts)
-    of_M = rng.integers(0, n_tufts, round(count * share))  # tussock of each leaf in one
+    of_M = rng.integers(0, n_tufts, round(count * share))  # tussock of each leaf
     away_M2 = rng.normal(0, 0.3, (len(of_M), 2)) * length * size_T[of_M, None]
     base_K2[: len(of_M)] = centre_T2[of_M] + away_M2
     angle_K[: len(of_M)] = np.arctan2(away_M2[:, 1], away_M2[:, 0]) + rng.normal(0, 0.5, len(of_M))
@@ -168,7 +168,7 @@ def draw_leaves(
     component: str,  # grass, clover or dead
     mass_g: float,  # wanted, approximate
     height_cm: float,  # of the sward
-    tuft: float = 0.6,  # share of the grass that stands in tussocks
+    tuft: float = 0.6,  # share of the grass in tussocks
 ) -> _Leaves:
     "Place the leaves of one component, about `mass_g` in all."
     tall = np.clip(height_cm / 8, 0.25, 4.0)
@@ -246,7 +246,7 @@ def _leaf_colours(
     }[component]
     mix_K1 = np.clip(rng.normal(0.45, 0.35, (len(depth_K), 1)), -0.2, 1.4)
     colour_K3 = low_3 * (1 - mix_K1) + high_3 * mix_K1
-    if component == "grass":  # yellow blades, more of them in some visits
+    if component == "grass":  # yellow blades, more in some visits
         dry_K1 = rng.random((len(depth_K), 1)) < 0.03 + 0.15 * visit.hue**2
         colour_K3 = np.where(dry_K1, 0.35 * colour_K3 + 0.65 * np.array([186, 166, 104]), colour_K3)
     sheen_K1 = (0.2 if component == "clover" else 0.4) * (rng.random((len(depth_K), 1)) < 0.06 + 0.12 * visit.sun)
@@ -361,7 +361,7 @@ def _five_masses(
 
 # %% ../notebooks/18_demo.ipynb #636dab59
 def true_density(
-    leaves: dict[str, _Leaves],  # grass, clover and dead, of `render_photo`
+    leaves: dict[str, _Leaves],  # grass, clover and dead, from `render_photo`
     rows: int,  # of the map, over the height of the photograph
     columns: int,  # over its width
 ) -> np.ndarray:  # density_5HW, g per square metre, order of TARGETS
@@ -414,7 +414,7 @@ def add_artefacts(
     rng: np.random.Generator,
     photo_HW3: np.ndarray,  # uint8, changed in place
     visit: _Visit,
-) -> dict[str, bool]:  # what was added
+) -> dict[str, bool]:  # the artefacts added
     "Add date stamps, flash dots, cardboard and black rims, as often as in real photographs."
     shares = {"flash_dots": 0.08, "cardboard": 0.06, "black_rim": 0.12}
     added = {"date_stamp": visit.date_stamp} | {name: bool(rng.random() < share) for name, share in shares.items()}
@@ -668,8 +668,8 @@ _PHOTO_COLUMNS = ("image_path", "Sampling_Date", "State", "Species", "Pre_GSHH_N
 
 
 def _long_rows(
-    truth: pd.DataFrame,  # one row a photograph
-) -> pd.DataFrame:  # five rows a photograph in the competition's columns and order
+    truth: pd.DataFrame,  # one row per photograph
+) -> pd.DataFrame:  # five rows per photograph in the competition's columns and order
     "Lay out the rows of train.csv; test.csv has some of the columns."
     rows = []
     for photo in truth.to_dict("records"):
@@ -713,9 +713,9 @@ def _claim_folder(
 def render_dataset(
     out: str | Path,  # folder to fill
     n_train: int = 96,  # photographs with masses
-    n_test: int = 24,  # photographs to be predicted
+    n_test: int = 24,  # photographs to predict
     seed: int = 0,
-    workers: int = 0,  # processes; 0: one a core
+    workers: int = 0,  # processes; 0: one per core
     shift: tuple[str, ...] = (),  # as for `_shift_visit`, of the test photographs
 ) -> dict[str, Any]:  # content of demo.json, including the ceiling
     """Render a data set in the competition's format.
@@ -743,7 +743,7 @@ def render_dataset(
 # %% ../notebooks/18_demo.ipynb #6e01071d
 def _write_tables(
     out: Path,
-    truth: pd.DataFrame,  # one row a photograph
+    truth: pd.DataFrame,  # one row per photograph
     recipe: dict[str, Any],  # for demo.json
 ) -> dict[str, Any]:  # content of demo.json
     "Write the competition's three tables, then truth.csv, then demo.json."

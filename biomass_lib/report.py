@@ -72,8 +72,8 @@ class Judged:
     level: float  # of the prediction intervals
     low_N5: np.ndarray  # their lower ends, grams
     high_N5: np.ndarray  # their upper ends
-    coverage: pd.DataFrame  # as from coverage_table, by State
-    bias: pd.DataFrame  # as from bias_table
+    coverage: pd.DataFrame  # from coverage_table, by State
+    bias: pd.DataFrame  # from bias_table
     done: dict[Cell, dict]  # fold or refit -> its done.json
     missing: list[int]  # unfinished folds
     lacking: list[Cell]  # unfinished cells, including folds finished with another seed
@@ -115,7 +115,7 @@ def _read_baselines(path: Path, image_ids: pd.Series) -> dict[str, np.ndarray]:
 
 
 def _baselines_without_data(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
     run_dir: Path,
 ) -> dict[str, np.ndarray]:  # name -> pred_N5
     "Read an earlier report's baselines, or compute those that need no photographs."
@@ -175,9 +175,9 @@ def _quoted_and_best(
 
 # %% ../notebooks/55_report.ipynb #ec22e49e
 def _compare_with_best(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
     others: dict[str, np.ndarray],  # name -> pred_N5
-    table: pd.DataFrame,  # as from baseline_table
+    table: pd.DataFrame,  # from baseline_table
 ) -> tuple[str | None, tuple[float, float, float]]:  # name; difference of the scores, low, high
     "Find the best baseline and the model's difference to it."
     names = [name for name in others if name != "ceiling"]
@@ -194,7 +194,7 @@ def _compare_with_best(
 # %% ../notebooks/55_report.ipynb #231278a7
 def judge_run(
     run_dir: str | Path,  # runs/<experiment> with finished folds
-    data_dir: str | Path = "",  # the data of the run; empty: as in its params.yaml, if they exist
+    data_dir: str | Path = "",  # the data of the run; empty: as in its params.yaml, if present
     features: str | Path = "",  # .npy from biomass_features: one more baseline
     smoke: bool = False,  # state that the numbers mean nothing
     level: float = 0.9,  # of the prediction intervals of single photographs
@@ -626,7 +626,7 @@ def show_table(
 
 # %% ../notebooks/55_report.ipynb #c69ee141
 def readable_scores(
-    table: pd.DataFrame,  # as from baseline_table
+    table: pd.DataFrame,  # from baseline_table
 ) -> pd.DataFrame:
     "Put each interval of the score table into one cell; drop the notes."
     frame = table.rename_axis("").reset_index()
@@ -638,7 +638,7 @@ def readable_scores(
 
 # %% ../notebooks/55_report.ipynb #07b89f24
 def readable_bias(
-    bias: pd.DataFrame,  # as from bias_table
+    bias: pd.DataFrame,  # from bias_table
 ) -> pd.DataFrame:
     "Put each mass's mean error and, in brackets, root mean square error into one cell."
     frame = bias[["photographs", "measured_total_g"]].rename(columns={"measured_total_g": "measured total"})
@@ -665,8 +665,8 @@ def fold_ends(
 
 # %% ../notebooks/55_report.ipynb #22129047
 def state_counts(
-    oof: pd.DataFrame,  # as from read_oof
-) -> pd.DataFrame:  # one row a State
+    oof: pd.DataFrame,  # from read_oof
+) -> pd.DataFrame:  # one row per State
     "Count photographs, dates and species of each State, its photographs in each fold, and grams of the total."
     counts = oof.groupby("State").agg(
         photographs=("image_id", "size"),
@@ -706,7 +706,7 @@ def pairs_table(
 
 # %% ../notebooks/55_report.ipynb #ff545fe5
 def rank_photos(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
 ) -> pd.DataFrame:  # with the column error
     "Sort photographs by their weighted squared error over all masses, the worst first."
     true_N5, pred_N5 = masses_of(oof)
@@ -838,7 +838,7 @@ def write_html(
 
 # %% ../notebooks/55_report.ipynb #bc97df23
 def print_scores(
-    table: pd.DataFrame,  # as from scores.csv
+    table: pd.DataFrame,  # from scores.csv
 ) -> None:
     "Print the score table, notes last."
     columns = [name for name in ("score", "low", "high", *TARGETS) if name in table]

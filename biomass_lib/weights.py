@@ -89,8 +89,8 @@ from .text import markdown_text
 # %% ../notebooks/71_weights.ipynb #a3e433f1
 def _members(
     run_dir: str | Path,  # runs/<experiment>
-    folds: Iterable[int | str] | None = None,  # numbers, or all: the refits; None: every fold, and refits if there are
-    seeds: Iterable[int] | None = None,  # None: all there are
+    folds: Iterable[int | str] | None = None,  # numbers, or all: the refits; None: all folds and refits
+    seeds: Iterable[int] | None = None,  # None: all
 ) -> list[Cell]:  # the finished ones
     """List the models of an ensemble.
 
@@ -117,14 +117,14 @@ def _members(
 # %% ../notebooks/71_weights.ipynb #77cc19dc
 def _run_name(
     run_dir: str | Path,  # runs/<experiment>
-) -> str:  # fit for a file name
+) -> str:  # usable in a file name
     "Return the experiment's name, made safe for file names."
     return re.sub(r"[^A-Za-z0-9_.-]", "_", Path(run_dir).resolve().name)
 
 # %% ../notebooks/71_weights.ipynb #ec95a939
 def _describe_members(
     run_dir: Path,  # runs/<experiment>
-    cells: list[Cell],  # as from _members
+    cells: list[Cell],  # from _members
 ) -> str:  # one line
     "Describe which models of a run are taken."
     seeds = {cell.seed for cell in cells if not cell.refit}
@@ -180,7 +180,7 @@ def _oofs(
 def _run_shares(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
     how: str = "equal",  # equal, or oof: minimize the out-of-fold error
-) -> list[float]:  # one a run, sum 1
+) -> list[float]:  # one per run, sum 1
     "Return the share of each run. Raises ValueError for another `how`, and as `same_photographs` does."
     if how not in ("equal", "oof"):
         raise ValueError(f"weights {how!r} must be equal or oof")
@@ -205,7 +205,7 @@ def _projection(
 def _gain_sentence(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models; several
 ) -> str:  # a sentence
-    "Say how much better fitted weights are than equal ones (nested). Raises as `ensemble_table` does."
+    "Report how much better fitted weights are than equal ones (nested). Raises as `ensemble_table` does."
     row = ensemble_table(_oofs(runs)).loc[WEIGHTED]
     gain = f"out-of-fold score {row['score']:.4f}, {row['ahead']:+.4f} against equal weights"
     if not row["ahead_low"] > 0:
@@ -297,9 +297,9 @@ def _seen_views(
 # %% ../notebooks/71_weights.ipynb #7f3f3bd8
 def _build_manifest(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
-    weights: list[float],  # one a run, above zero, sum 1
+    weights: list[float],  # one per run, above zero, sum 1
     half: bool = False,  # files in half precision
-    projection: dict[str, Any] | None = None,  # as from _projection
+    projection: dict[str, Any] | None = None,  # from _projection
     views: tuple[str, ...] = DEFAULT_VIEWS,  # shown to each model by the kernel
 ) -> dict[str, Any]:  # the manifest, still without size and sha256 of the files
     """Describe an ensemble.
@@ -438,7 +438,7 @@ def _yaml_block(
 ) -> str:
     "Write parameters as in a parameter file."
     text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True).rstrip()
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in a name
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in a value
     return f"{fence}yaml\n{text}\n{fence}"
 
 # %% ../notebooks/71_weights.ipynb #b444db46
@@ -561,7 +561,7 @@ def _without_tags(
 
 
 def _card_scores(
-    report: dict[str, Any] | None,  # as from _report_on
+    report: dict[str, Any] | None,  # from _report_on
     missing: str = "",  # why there is none
 ) -> str:  # Markdown
     "Write the scores from the report, or what is missing."
@@ -609,7 +609,7 @@ _REFITS = (
 
 
 def _card_limits(
-    report: dict[str, Any] | None,  # as from _report_on
+    report: dict[str, Any] | None,  # from _report_on
     refits: bool = False,  # some models are refits
 ) -> str:
     "List the limits of the models."
@@ -655,7 +655,7 @@ _USE_SHARED = " To it belong the tensors in the files that `shared` in the manif
 
 def _model_card(
     manifest: dict[str, Any],  # of the weights
-    reports: dict[str, tuple[dict[str, Any] | None, str]],  # run -> as from _report_on
+    reports: dict[str, tuple[dict[str, Any] | None, str]],  # run -> from _report_on
     out: str | Path = "kaggle/weights",  # for the licence
 ) -> str:  # Markdown
     "Write the model card. The same runs give the same text."
@@ -773,7 +773,7 @@ def _earlier_weights(
 # %% ../notebooks/71_weights.ipynb #a52e4ba9
 def _sources(
     run_dirs: Iterable[Path],  # runs/<experiment>, those of the manifest
-    manifest: dict[str, Any],  # as from _build_manifest
+    manifest: dict[str, Any],  # from _build_manifest
 ) -> dict[str, Path]:  # name of a file of the dataset -> weights of a fold or refit
     "List the source of each file."
     folders, sources = {_run_name(run_dir): run_dir for run_dir in run_dirs}, {}
@@ -785,11 +785,11 @@ def _sources(
 
 def _fill_folder(
     out: Path,  # the dataset's folder
-    sources: dict[str, Path],  # as from _sources
-    shared: dict[str, tuple[list[str], list[str]]],  # as from _find_shared
-    manifest: dict[str, Any],  # as from _build_manifest; gains the shared files, and size and sha256 of all
+    sources: dict[str, Path],  # from _sources
+    shared: dict[str, tuple[list[str], list[str]]],  # from _find_shared
+    manifest: dict[str, Any],  # from _build_manifest; gains the shared files, and size and sha256 of all
 ) -> None:
-    "Copy the weights, shared ones first; remove those of an earlier assembly. Raises OSError when a copy differs."
+    "Copy the weights, shared ones first; remove those of an earlier assembly. Raises OSError if a copy differs."
     old_files = _earlier_weights(out)
     if shared:
         manifest |= {"format": SHARED_FORMAT, "shared": []}
@@ -822,8 +822,8 @@ def _check_assembled(
 # %% ../notebooks/71_weights.ipynb #1d2c8356
 def choose_members(
     run_dirs: str | Path | list[str | Path],  # runs/<experiment>, one or several
-    folds: Iterable[int | str] | None = None,  # numbers, or all: the refits; None: every fold, and refits if there are
-    seeds: Iterable[int] | None = None,  # None: all there are
+    folds: Iterable[int | str] | None = None,  # numbers, or all: the refits; None: all folds and refits
+    seeds: Iterable[int] | None = None,  # None: all
 ) -> dict[Path, list[Cell]]:  # run folder -> its models
     "List the models of an ensemble. Raises FileNotFoundError or ValueError for unfinished runs and folds."
     run_dirs = [run_dirs] if isinstance(run_dirs, str | Path) else run_dirs
@@ -833,7 +833,7 @@ def choose_members(
 def _add_scores(
     manifest: dict[str, Any],  # changed in place
     runs: dict[Path, list[Cell]],
-    reports: dict[str, tuple],  # run -> of `_report_on`
+    reports: dict[str, tuple],  # run -> from `_report_on`
     half: bool,  # measure the effect of half precision
     data_dir: str | Path,  # for that
 ) -> None:
