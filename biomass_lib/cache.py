@@ -25,7 +25,7 @@ from .images import check_photo_file, load_halves
 from .tables import join_names
 
 # %% ../notebooks/14_cache.ipynb #3f9f8b4b
-_CACHE_FORMAT = 2  # to be raised when load_halves gives other pixels than before, or the files change
+_CACHE_FORMAT = 2  # raise it when load_halves gives other pixels, or the files change
 
 
 def _cached_file(
@@ -33,8 +33,8 @@ def _cached_file(
     path: str | Path,  # a photograph
     img_size: int,  # side of each half, pixels
     clean: str = "none",  # none, inpaint, crop or both
-) -> Path:  # where its halves lie, or will lie
-    "Name the file of a photograph's halves. Raises FileNotFoundError or ValueError as `check_photo_file` does."
+) -> Path:  # the file of its halves, existing or not
+    "Return the cache file of a photograph. Raises as `check_photo_file` does."
     check_photo_file(path)
     recipe = f"{_CACHE_FORMAT} {cv2.__version__} {img_size} {clean}".encode()
     key = hashlib.blake2b(Path(path).read_bytes() + recipe, digest_size=16).hexdigest()
@@ -47,15 +47,15 @@ _CHECKSUM = 4  # bytes behind them
 
 def _halves_bytes(
     img_size: int,  # side of each half, pixels
-) -> int:  # length of a file of the cache
-    "Compute the length of a file."
+) -> int:  # bytes
+    "Compute the length of a cache file."
     return _NPY_HEADER + 2 * img_size * img_size * 3 + _CHECKSUM
 
 # %% ../notebooks/14_cache.ipynb #7577c53a
 def _halves_header(
     img_size: int,  # side of each half, pixels
-) -> bytes:  # as numpy writes it
-    "Make the header of a file."
+) -> bytes:  # in numpy's format
+    "Make the header of a cache file."
     stream = io.BytesIO()
     halves_2SS3 = np.empty((2, img_size, img_size, 3), dtype=np.uint8)
     np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(halves_2SS3))
@@ -63,10 +63,10 @@ def _halves_header(
 
 # %% ../notebooks/14_cache.ipynb #22180b25
 def _is_whole(
-    file: Path,  # of `_cached_file`
+    file: Path,  # from `_cached_file`
     img_size: int,  # side of each half, pixels
 ) -> bool:
-    "Compare length, header and checksum of a file that may be missing. Raises PermissionError when it cannot be read."
+    "Check length, header and checksum of a file, if present. Raises PermissionError if it can't be read."
     try:
         if file.stat().st_size != _halves_bytes(img_size):
             return False
@@ -78,9 +78,9 @@ def _is_whole(
 
 # %% ../notebooks/14_cache.ipynb #fd81a21d
 def open_halves(
-    file: Path,  # of `fill_cache`
-) -> np.ndarray:  # halves_2SS3, uint8; read-only, its pages are read when they are looked at
-    "Map a file of the cache. Raises FileNotFoundError or ValueError when somebody removed or damaged it."
+    file: Path,  # from `fill_cache`
+) -> np.ndarray:  # halves_2SS3, uint8, read-only; pages are read on access
+    "Map a cache file. Raises FileNotFoundError or ValueError if it was removed or damaged."
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
@@ -104,10 +104,10 @@ def _no_room(
 # %% ../notebooks/14_cache.ipynb #08407cd4
 def _not_ours(
     cache_dir: str | Path,
-    missing: int,  # photographs that are not in it
-    error: OSError,  # what the system said
+    missing: int,  # photographs not in it
+    error: OSError,  # from the system
 ) -> PermissionError:
-    "Make the error for a cache that is read-only or somebody else's."
+    "Make the error for a cache that is read-only or another user's."
     place = next(place for place in (Path(cache_dir), *Path(cache_dir).absolute().parents) if place.exists())
     return PermissionError(
         error.errno,
@@ -118,10 +118,10 @@ def _not_ours(
 
 # %% ../notebooks/14_cache.ipynb #bd4174c2
 def _write_halves(
-    file: Path,  # of `_cached_file`
+    file: Path,  # from `_cached_file`
     halves_2SS3: np.ndarray,
 ) -> None:
-    "Write halves completely or not at all. Raises OSError when the disk is full."
+    "Write halves completely or not at all. Raises OSError if the disk is full."
     pixels = np.ascontiguousarray(halves_2SS3).data.cast("B")
     for last in (False, True):
         temporary = temporary_path(file)
@@ -132,7 +132,7 @@ def _write_halves(
                 stream.write(zlib.crc32(pixels).to_bytes(_CHECKSUM, "big"))
             os.replace(temporary, file)
             return
-        except FileNotFoundError as error:  # somebody has cleaned up here: once more
+        except FileNotFoundError as error:  # somebody tidied up: try once more
             if last:
                 raise OSError(
                     error.errno, f"{temporary} was removed while it was written, twice: who does that?"
@@ -147,12 +147,12 @@ def _write_halves(
 # %% ../notebooks/14_cache.ipynb #8feb22a9
 def _check_room(
     cache_dir: Path,
-    needed: int,  # bytes that are about to be added
+    needed: int,  # bytes to be added
     limit_gb: float,  # for everything in the cache
 ) -> None:
-    """Compare what will be written with the cache's limit and the disk.
+    """Check that new files fit into the cache's limit and onto the disk.
 
-    Raises ValueError when the cache would pass its limit, OSError when the disk would be full."""
+    Raises ValueError if they pass the limit, OSError if the disk would be full."""
     if not needed:
         return
     sizes = {d.name: sum(f.stat().st_size for f in d.glob("*.npy")) for d in sorted(cache_dir.iterdir()) if d.is_dir()}
@@ -167,11 +167,11 @@ def _check_room(
 
 # %% ../notebooks/14_cache.ipynb #281a5bca
 def _missing_halves(
-    files: list[Path],  # of the cache, one a photograph
+    files: list[Path],  # of the cache, one per photograph
     img_size: int,
-    threads: ThreadPoolExecutor,  # that read and check the files
+    threads: ThreadPoolExecutor,  # to read and check the files
 ) -> list[int]:  # rows
-    "List the photographs that still have to be decoded, in an order that differs from process to process."
+    "List the photographs to decode, in an order of this process's own."
     whole = threads.map(lambda file: _is_whole(file, img_size), files)
     rows = [row for row, good in enumerate(whole) if not good]
     return np.random.default_rng(uuid.uuid4().int).permutation(rows).tolist() if rows else []
@@ -179,11 +179,11 @@ def _missing_halves(
 # %% ../notebooks/14_cache.ipynb #95c6e4b9
 def _decode_into(
     path: str | Path,  # a photograph
-    file: Path,  # of `_cached_file`
+    file: Path,  # from `_cached_file`
     img_size: int,
     clean: str,
 ) -> None:
-    "Decode one photograph into the cache, unless it is there. Raises as `load_halves` and `_write_halves` do."
+    "Decode one photograph into the cache if missing. Raises as `load_halves` and `_write_halves` do."
     if not _is_whole(file, img_size):
         _write_halves(file, load_halves(path, img_size, clean))
 
@@ -192,8 +192,8 @@ def _for_each_photo(
     threads: ThreadPoolExecutor,
     work: Callable,  # called with each item
     items: list,
-) -> list:  # what it returned
-    "Do the work in threads. Raises ValueError listing all photographs that are missing or broken; OSError at once."
+) -> list:  # its results
+    "Work in threads. Raises ValueError listing all missing or broken photographs, or OSError at once."
 
     def attempt(item):
         try:
@@ -212,7 +212,7 @@ def _is_below(
     name: str | None,  # of a file
     folder: str | Path,
 ) -> bool:
-    "Tell whether a file is in a folder, or on the way to it."
+    "Tell whether a path is a folder, inside it, or a parent of it."
     name, folder = Path(name or "").absolute(), Path(folder).absolute()
     return name == folder or folder in name.parents or name in folder.parents
 
@@ -224,9 +224,9 @@ def fill_cache(
     clean: str = "none",  # none, inpaint, crop or both
     limit_gb: float = 20.0,  # for everything in the cache
 ) -> list[Path]:  # N files for `open_halves`
-    """Decode what is not in the cache yet, or damaged there.
+    """Decode photographs that are missing from the cache or damaged in it.
 
-    Raises ValueError listing unusable photographs, OSError when the disk is full or the cache is somebody else's."""
+    Raises ValueError listing unusable photographs, OSError if the disk is full or the cache can't be written."""
     folder, rows = Path(cache_dir) / f"{img_size}px_{clean}", range(len(paths))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         try:
@@ -241,5 +241,5 @@ def fill_cache(
                 raise
             raise _not_ours(cache_dir, len(rows), error) from error
         finally:
-            threads.shutdown(cancel_futures=True)  # after a full disk nothing else is tried
+            threads.shutdown(cancel_futures=True)  # a full disk ends all work
     return files

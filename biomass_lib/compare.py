@@ -89,7 +89,7 @@ def _varied(
 
 # %% ../notebooks/63_compare.ipynb #764e1eaf
 class _Done(NamedTuple):
-    "Hold a cell that has ended: its folder and the facts in its done.json."
+    "Hold a finished cell: its folder and the facts in its done.json."
 
     folder: Path
     facts: dict[str, Any]
@@ -98,14 +98,14 @@ class _Done(NamedTuple):
 def _done_cells(
     run_dir: Path,
 ) -> dict[Cell, _Done]:  # folds with a held-out score, in order
-    "List the folds that have ended. Raises ValueError for damaged tables."
+    "List the finished folds. Raises ValueError for damaged tables."
     found = {}
     for cell, folder in find_cells(run_dir).items():
         path = folder / "done.json"
         if cell.refit or not path.is_file():
             continue
         facts = read_json(path)
-        files = facts.get("files", {})  # runs of earlier versions have none
+        files = facts.get("files", {})  # earlier versions wrote none
         damage = [file_damage(folder / name, of_file) for name, of_file in files.items() if name.endswith(".csv")]
         if any(damage):
             remedy = f"remove {path} and train the fold again with the same command"
@@ -118,7 +118,7 @@ def _compared_cells(
     folder: Path,  # a run folder
     named: bool,  # you named this run, not only its sweep
 ) -> dict[Cell, _Done]:
-    "Read as `_done_cells`, but skip a pruned setting: all others would lose the cells that it lacks."
+    "Read as `_done_cells`, but skip a pruned setting: its missing cells would be lost for all others."
     return {} if (folder / "pruned.json").is_file() and not named else _done_cells(folder)
 
 # %% ../notebooks/63_compare.ipynb #7655dd1d
@@ -126,9 +126,9 @@ _FOLDS = ("n_folds", "fold_scheme", "fold_seed", "exclude")
 
 
 def _check_pairs(
-    runs: dict[str, Path],  # of `_expand_runs`
+    runs: dict[str, Path],  # from `_expand_runs`
 ) -> None:
-    "Compare folds and data of runs. Raises ValueError that names two runs that can't be paired."
+    "Compare folds and data of runs. Raises ValueError naming two that can't be paired."
     first, *others = runs
     folds = {name: read_text_csv(folder / "folds.csv", ("image_id", "fold")) for name, folder in runs.items()}
     folds = {name: dict(zip(table["image_id"], table["fold"], strict=True)) for name, table in folds.items()}
@@ -154,18 +154,18 @@ class ChosenGain(NamedTuple):
     "Hold the gain of choosing the best setting, over the base."
 
     naive: float  # score of the best - score of the base, both on all photographs
-    gain: float  # choices made on other folds than they are judged on
+    gain: float  # chosen and judged on different folds
     low: float
     high: float
     chosen_G: np.ndarray  # the setting chosen outside of each part
 
 # %% ../notebooks/63_compare.ipynb #3f2bb239
 def _choose_outside(
-    sums_RK: np.ndarray,  # how often each visit counts, in R resamples
-    sums_MK4: np.ndarray,  # of `cluster_sums`, for each setting; the base first, so that it wins ties
+    sums_RK: np.ndarray,  # count of each visit in R resamples
+    sums_MK4: np.ndarray,  # from `cluster_sums`, by setting; the base is first, so it wins ties
     part_K: np.ndarray,  # the fold of each visit
 ) -> tuple[np.ndarray, np.ndarray]:  # gain_R, chosen_GR
-    "Judge in each part of the visits the setting that is best outside of it."
+    "Judge on each part of the visits the setting that is best on the others."
     error_RM = sums_RK @ sums_MK4[..., 3].T
     lost_R, chosen_GR = np.zeros(len(sums_RK)), []
     for part in np.unique(part_K):
@@ -178,14 +178,14 @@ def _choose_outside(
 
 # %% ../notebooks/63_compare.ipynb #d4f8d847
 def chosen_gain(
-    sums_MK4: np.ndarray,  # of `cluster_sums`, for each of M settings
+    sums_MK4: np.ndarray,  # from `cluster_sums`, for each of M settings
     part_K: np.ndarray,  # the fold of each visit
-    base: int = 0,  # which of the settings
+    base: int = 0,  # index of the base setting
     level: float = 0.95,
     n: int = 1000,  # resamples
     seed: int = 0,
 ) -> ChosenGain:
-    "Compute the gain of the best setting, corrected for the choice. Raises ValueError when all visits are of one part."
+    "Compute the gain of the best setting, corrected for the choice. Raises ValueError if all visits are of one part."
     if len(np.unique(part_K)) < 2:
         raise ValueError("all visits are of one part: settings are chosen on other parts than they are judged on")
     order_M = np.argsort(np.arange(len(sums_MK4)) != base, kind="stable")
@@ -201,15 +201,13 @@ def chosen_gain(
 
 # %% ../notebooks/63_compare.ipynb #89edc655
 def _cells_to_tell(
-    difference: float,  # of two scores
+    difference: float,  # between two scores
     half: float,  # half the length of its interval
-    by_seed_S: np.ndarray,  # the difference for each seed by itself
+    by_seed_S: np.ndarray,  # the difference for each seed alone
     n_visits: int,
     level: float = 0.95,
-) -> tuple[
-    float, float
-]:  # seeds, and visits, with which the interval excludes 0; inf: no number would do, NaN: unknown
-    "Estimate how many seeds, or else how many visits, it takes to tell a difference of this size from zero."
+) -> tuple[float, float]:  # seeds, visits needed to exclude 0; inf: no number is enough, NaN: unknown
+    "Estimate how many seeds, or how many visits, would tell this difference from zero."
     if not np.isfinite(half) or difference == 0:
         return (np.nan, np.nan) if not np.isfinite(half) else (np.inf, np.inf)
     n_seeds, wanted = len(by_seed_S), difference**2
@@ -234,7 +232,7 @@ class Comparison:
     base: str
     best: str  # the highest score
     varied: pd.DataFrame  # a row for each run; the parameters that differ
-    labels: dict[str, str]  # run -> its varied parameters, or its name where there are many
+    labels: dict[str, str]  # run -> its varied parameters, or its name if there are many
     cells: list[Cell]  # cells that all runs have
     left_out: dict[str, list[str]]  # run -> its cells that others lack
     not_begun: list[str]  # runs without a finished fold, and pruned ones
@@ -242,16 +240,16 @@ class Comparison:
         pd.DataFrame
     )  # a row for each run: score, low, high, delta, delta_low, delta_high, seed_sd, cells, minutes, ...
     gain: ChosenGain | None  # None: the photographs are of one visit
-    parts: list[str]  # what was left out in turn for the gain: folds or visits
-    oofs: dict[str, pd.DataFrame]  # as from read_oof, of the common cells
-    sums_MK4: np.ndarray | None  # of `cluster_sums`; None: one visit
+    parts: list[str]  # left out in turn for the gain: folds or visits
+    oofs: dict[str, pd.DataFrame]  # from read_oof, of the common cells
+    sums_MK4: np.ndarray | None  # from `cluster_sums`; None: one visit
     curves: dict[str, pd.Series]  # epoch -> mean val/score of the common cells
     n_visits: int
     level: float
 
     @property
     def rival(self) -> str:
-        "Name the run that is shown against the base: the best, or the second when the base is the best."
+        "Name the run shown against the base: the best, or the second if the base is the best."
         others = self.table["score"].drop(self.base)
         return self.best if self.best != self.base else others.index[others.to_numpy().argmax()]
 
@@ -259,7 +257,7 @@ class Comparison:
 def _common_cells(
     done: dict[str, dict[Cell, _Done]],  # run -> its finished cells
 ) -> tuple[list[Cell], dict[str, list[str]]]:  # common ones; run -> names of those left out
-    "Find the cells that all runs have. Raises ValueError that names the runs when there are none."
+    "Find the cells that all runs have. Raises ValueError naming the runs if there are none."
     common = sorted(set.intersection(*(set(cells) for cells in done.values())))
     if not common:
         counts = join_names([f"{name}: {', '.join(map(str, cells))}" for name, cells in done.items()])
@@ -282,9 +280,9 @@ def _seed_scores(
 
 # %% ../notebooks/63_compare.ipynb #358d5de4
 def _labels(
-    varied: pd.DataFrame,  # of `_varied`
+    varied: pd.DataFrame,  # from `_varied`
 ) -> dict[str, str]:  # run -> a short name for figures
-    "Name runs by their varied parameters, or by their folders when that is long or ambiguous."
+    "Name runs by their varied parameters, or by their folders if that is long or ambiguous."
     if not 0 < varied.shape[1] <= 4:
         return {name: name for name in varied.index}
     texts = {name: ", ".join(f"{key} {value}" for key, value in row.items()) for name, row in varied.iterrows()}
@@ -311,7 +309,7 @@ def _mean_curve(
 
 
 def _parts_of_visits(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
 ) -> tuple[np.ndarray, str]:  # part_K in the order of `cluster_sums`; folds or visits
     "Find the fold of each visit (that of most of its photographs). With one fold, each visit is a part."
     code_N, names = pd.factorize(visit_of(oof))
@@ -321,10 +319,10 @@ def _parts_of_visits(
 # %% ../notebooks/63_compare.ipynb #1dda4186
 def _find_base(
     runs: dict[str, Path],
-    base: str | Path,  # name or folder; empty: see below
-    named: Iterable[str | Path],  # as typed: a sweep's folder may hold a sweep.json
+    base: str | Path,  # name or folder; empty: of sweep.json, or the first
+    named: Iterable[str | Path],  # as typed; a sweep's folder may hold a sweep.json
 ) -> str:
-    "Find the base: the named run, that of sweep.json, or the first. Raises ValueError that lists the runs."
+    "Find the base: the named run, that of sweep.json, or the first. Raises ValueError listing the runs."
     if base:
         same = [name for name, folder in runs.items() if str(base) == name or Path(base).resolve() == folder.resolve()]
         if not same:
@@ -344,7 +342,7 @@ def _table_row(
     seeds: tuple[dict[int, float], dict[int, float]],  # of the run and of the base: seed -> score
     level: float,
 ) -> dict[str, float]:
-    "Compute the score and its difference to the base with intervals, the spread of seeds, and the seeds to tell."
+    "Compute a row of the table: score and difference with intervals, spread of seeds, seeds needed."
     true_N5, pred_N5, base_N5 = pair
     score, delta, ends, many = weighted_r2(true_N5, pred_N5), (np.nan,) * 3, (np.nan, np.nan), len(set(visit_N)) > 1
     if many:
@@ -365,7 +363,7 @@ def compare_runs(
     base: str | Path = "",  # a run's name or folder; empty: that of sweep.json, or the first
     level: float = 0.95,  # of the intervals
 ) -> Comparison:
-    """Compare runs on the photographs, folds and seeds that all have, by the predictions of the last epochs.
+    """Compare runs on their common photographs, folds and seeds, by the predictions of the last epochs.
 
     Raises FileNotFoundError for a run without a finished fold, ValueError for runs that can't be paired."""
     named = [runs] if isinstance(runs, str | Path) else list(runs)
@@ -412,10 +410,10 @@ def main_effects(
     varied, names = compared.varied.map(str), list(compared.table.index)
     rows, columns = [], ["parameter", "value", "reference", "pairs", "effect", "low", "high"]
     for parameter in varied if compared.sums_MK4 is not None else ():
-        several = varied.shape[1] > 1  # pandas has no empty tuple for each row
+        several = varied.shape[1] > 1  # pandas can't make an empty tuple for each row
         rest = varied.drop(columns=parameter).apply(tuple, axis=1).astype(str) if several else pd.Series("", names)
         reference = varied.loc[compared.base, parameter]
-        numbers = pd.to_numeric(varied[parameter], errors="coerce")  # in their order; text as it comes
+        numbers = pd.to_numeric(varied[parameter], errors="coerce")  # numbers are sorted, text is not
         for value in dict.fromkeys(varied.loc[numbers.sort_values(kind="stable").index, parameter]):
             contrast_M, pairs = np.zeros(len(names)), 0
             for _, others in varied.groupby(rest):
@@ -432,7 +430,7 @@ def main_effects(
 def next_commands(
     compared: Comparison,
 ) -> list[str]:
-    "Write the commands for the best run: a refit on every photograph where that makes sense, then the weights."
+    "Write the commands for the best run: a refit on all photographs if that makes sense, then the weights."
     folder, config = compared.runs[compared.best], compared.configs[compared.best]
     quoted = shlex.quote(str(folder))
     seeds = " ".join(map(str, sorted({cell.seed for cell in compared.cells})))
@@ -454,7 +452,7 @@ def _describe_left_out(compared: Comparison) -> list[str]:
 
 # %% ../notebooks/63_compare.ipynb #8b31bca0
 def _describe_more(compared: Comparison) -> str:
-    "Say how many more cells it takes to tell the best run, or the second, from the base."
+    "Write how many more cells would tell the best run, or the second, from the base."
     row, name = compared.table.loc[compared.rival], markdown_text(compared.labels[compared.rival])
     n_seeds, n_folds = (len({getattr(cell, key) for cell in compared.cells}) for key in ("seed", "fold"))
     if not np.isfinite(row["visits_needed"]):
@@ -498,7 +496,7 @@ def comparison_title(
 def comparison_tiles(
     compared: Comparison,
 ) -> list[tuple[str, str, str]]:  # label, value, detail; plain text
-    "List the facts that a comparison shows under its title."
+    "List the facts shown under the title."
     row, gain = compared.table.loc[compared.best], compared.gain
     ends = f"95 % {row['low']:.2f} to {row['high']:.2f}".replace("95", f"{100 * compared.level:.0f}")
     ends = f"{ends}, last epoch" if np.isfinite(row["low"]) else "last epoch"
@@ -540,7 +538,7 @@ def describe_comparison(
 def readable_settings(
     compared: Comparison,
 ) -> pd.DataFrame:  # the best first
-    "Put each number and its interval into one cell, with the varied parameters in front where they are few."
+    "Put each number and its interval into one cell, after the varied parameters if they are few."
     table = compared.table.sort_values("score", ascending=False)
     few = (
         compared.varied.loc[table.index].map(str) if compared.varied.shape[1] <= 4 else pd.DataFrame(index=table.index)
@@ -562,7 +560,7 @@ def readable_settings(
 
 # %% ../notebooks/63_compare.ipynb #0fb8023f
 def readable_effects(
-    effects: pd.DataFrame,  # of `main_effects`
+    effects: pd.DataFrame,  # from `main_effects`
 ) -> pd.DataFrame:
     "Put each effect and its interval into one cell."
     ends = [f"{row.effect:+.3f} ({row.low:+.3f}, {row.high:+.3f})" for row in effects.itertuples()]
@@ -572,7 +570,7 @@ def readable_effects(
 # %% ../notebooks/63_compare.ipynb #3ccde61d
 def plot_differences(
     compared: Comparison,
-    most: int = 40,  # settings; those with the lowest scores are left out
+    most: int = 40,  # settings, those with the highest scores
 ) -> Figure:
     "Plot paired differences to the base with intervals, the best on top, and the corrected gain above them."
     table = compared.table.sort_values("score", ascending=False)
@@ -620,7 +618,7 @@ def plot_setting_curves(
 
 # %% ../notebooks/63_compare.ipynb #6b79e969
 def plot_effects(
-    effects: pd.DataFrame,  # of `main_effects`, not empty
+    effects: pd.DataFrame,  # from `main_effects`, not empty
     most: int = 30,  # rows
 ) -> Figure:
     "Plot the effect of each value of each parameter against the base's value."
@@ -656,7 +654,7 @@ def photo_differences(
 
 # %% ../notebooks/63_compare.ipynb #aada0bd7
 def plot_photographs(
-    photos: pd.DataFrame,  # rows of `photo_differences`, three
+    photos: pd.DataFrame,  # three rows of `photo_differences`
     data_dir: str | Path,  # with train.csv
     title: str,
 ) -> Figure:
@@ -708,9 +706,9 @@ def make_comparison(
 ) -> Path:  # compare.html
     """Write compare.ipynb, compare.csv, compare.json and compare.html.
 
-    Raises ValueError or FileNotFoundError as `compare_runs` does, RuntimeError when the notebook fails."""
+    Raises ValueError or FileNotFoundError as `compare_runs` does, RuntimeError if the notebook fails."""
     runs = [str(run) for run in runs]
-    compare_runs(runs, base)  # report a mistake in one line, before a kernel starts
+    compare_runs(runs, base)  # report errors before a kernel starts
     first = Path(runs[0])
     out = Path(out) if out else first.parent if (first / "params.yaml").is_file() else first
     source = find_notebook(str(notebook))
@@ -736,16 +734,16 @@ def _compare_parser() -> argparse.ArgumentParser:
 # %% ../notebooks/63_compare.ipynb #5c8a0c4f
 @command("biomass_compare")
 def compare_main(
-    arguments: list[str] | None = None,  # None: those of the process
+    arguments: list[str] | None = None,  # None: from the command line
 ) -> None:
-    "Run the command biomass_compare. Exit status 1 when runs can't be compared or the notebook fails."
+    "Run the command biomass_compare. Exit with 1 if runs can't be compared or the notebook fails."
     options = _compare_parser().parse_args(arguments)
     if options.data_dir and not Path(options.data_dir, "train.csv").is_file():
         raise FileNotFoundError(f"--data-dir {options.data_dir} has no train.csv")
     page = make_comparison(options.runs, options.base, options.out, options.data_dir, options.notebook)
     facts = read_json(page.with_suffix(".json"))
     table = pd.read_csv(page.with_suffix(".csv")).sort_values("score", ascending=False)
-    varied = list(table.columns[1 : table.columns.get_loc("score")])  # in a sweep, what the folders' hashes stand for
+    varied = list(table.columns[1 : table.columns.get_loc("score")])  # in a sweep, the meaning of the folders' hashes
     numbers = ["score", "low", "high", "delta", "delta_low", "delta_high"]
     table[varied] = table[varied].map(one_line)
     print(
@@ -766,7 +764,7 @@ def _run_state(
     config: Config,
     done: dict[Cell, _Done],
 ) -> str:
-    "Say how many of the planned cells are done, which are being trained, and how many refits there are."
+    "Count the planned cells that are done or being trained, and the refits."
     found = find_cells(run_dir)
     seeds = {cell.seed for cell in found if not cell.refit} or {0}
     refits = sum(cell.refit and (folder / "done.json").is_file() for cell, folder in found.items())
@@ -781,7 +779,7 @@ def _run_state(
 def _lease_age(
     folder: Path,  # of a cell
 ) -> float:  # seconds; infinite without a lease
-    "Measure how long a lease has been silent, by this computer's clock."
+    "Measure the age of a lease's last renewal, by this computer's clock."
     path = folder / LEASE
     return time.time() - path.stat().st_mtime if path.is_file() else math.inf
 
@@ -795,7 +793,7 @@ def _disk_use(
 
 # %% ../notebooks/63_compare.ipynb #c5a81c4a
 def _tell_apart(
-    varied: pd.DataFrame,  # of `_varied`
+    varied: pd.DataFrame,  # from `_varied`
     most: int,
 ) -> list[str]:  # names of parameters
     "Choose the parameters that split runs most evenly, skipping those that repeat an earlier one."
@@ -812,7 +810,7 @@ def _tell_apart(
 def _run_row(
     run_dir: Path,
 ) -> dict[str, Any]:
-    "Describe a run: state, score, device hours, size. Damage goes into the state; nothing is raised."
+    "Describe a run: state, score, device hours, size. Damage is reported in the state, without raising."
     row = {"state": "", "score": np.nan, "hours": np.nan, "MB": _disk_use(run_dir) / 1e6}
     try:
         done = _done_cells(run_dir)
@@ -831,7 +829,7 @@ def list_runs(
     runs_dir: str | Path = "runs",  # searched three levels deep
     most: int = 5,  # parameters
 ) -> pd.DataFrame:  # a row for each run: state, score, hours, MB, then the parameters that tell runs apart
-    "List all runs below a folder. Raises FileNotFoundError when there are none."
+    "List all runs below a folder. Raises FileNotFoundError if there are none."
     runs_dir = Path(runs_dir)
     folders = sorted({path.parent for depth in ("*", "*/*", "*/*/*") for path in runs_dir.glob(f"{depth}/params.yaml")})
     if not folders:
@@ -843,16 +841,16 @@ def list_runs(
         try:
             configs[name] = run_config(folder)
         except ValueError:
-            continue  # its row says what is wrong
+            continue  # reported in its row
     table, varied = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run"), _varied(configs)
     return table.join(varied[_tell_apart(varied, most)].map(str))
 
 # %% ../notebooks/63_compare.ipynb #24a081ba
 @command("biomass_runs")
 def runs_main(
-    arguments: list[str] | None = None,  # None: those of the process
+    arguments: list[str] | None = None,  # None: from the command line
 ) -> None:
-    "Run the command biomass_runs. Exit status 1 when there are no runs."
+    "Run the command biomass_runs. Exit with 1 if there are no runs."
     parser = argparse.ArgumentParser(prog="biomass_runs", description="List runs; nothing is changed or deleted.")
     parser.add_argument("runs_dir", type=user_path, nargs="?", default="runs", help="their folder (default: runs)")
     parser.add_argument("--most", type=int, default=5, help="parameters that are shown (default 5)")

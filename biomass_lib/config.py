@@ -40,10 +40,10 @@ def _number(
 
 def _joined(
     *default: str,
-    choices: tuple[str, ...] | None = None,  # None: the module that uses them knows
-    **rules: Any,  # as for _checked; numbers: numbers are taken, too
+    choices: tuple[str, ...] | None = None,  # None: checked by the module that uses them
+    **rules: Any,  # as for _checked; with numbers, numbers are accepted too
 ) -> Any:
-    "Declare a list of names, in files and on the command line also `a+b`."
+    "Declare a list of names, also written `a+b` in files and commands."
     rules |= {"choices": choices} if choices else {}
     return dataclasses.field(default=default, metadata={"joined": True} | rules)
 
@@ -51,7 +51,7 @@ def _joined(
 def _checked(
     default: Any,
     accepts: Callable[[Any], bool],
-    wanted: str,  # for the message: what would be right
+    wanted: str,  # for the message: what is allowed
 ) -> Any:
     "Declare a parameter with a rule of its own."
     return dataclasses.field(default=default, metadata={"accepts": accepts, "wanted": wanted})
@@ -75,7 +75,7 @@ _MAP_POOLS = ("mean", "max", "min", "gem", "cls")
 
 
 def _is_folder(name: str) -> bool:
-    "Tell whether a name is fit for a folder, on a command line and in a web page."
+    "Tell whether a name is safe as a folder, on a command line and in a web page."
     plain = re.fullmatch(r"[^-.\s/\\][^/\\]{0,99}", name) is not None
     return plain and name.isprintable() and name == name.strip() and len(name.encode()) <= 200
 
@@ -99,7 +99,7 @@ def _are_scales(parts: tuple[str, ...]) -> bool:
 # %% ../notebooks/05_config.ipynb #a94bbae3
 @dataclass(frozen=True)
 class Config:
-    "Hold the parameters of one fold's training run. Raises ValueError, naming the parameter, when one makes no sense."
+    "Hold the parameters of one fold's training. Raises ValueError naming the first invalid one."
 
     data_dir: str = _path("")  # folder with train.csv, train/*.jpg; empty: a smoke run of seconds on demo photographs
     experiment: str = _checked("two_stream", _is_folder, _FOLDER)  # name of the run folder
@@ -183,7 +183,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, parameters: dict[str, Any]) -> "Config":
-        "Build a Config from names and values. Raises ValueError for unknown names, listing those that exist."
+        "Build a Config from names and values. Raises ValueError for unknown names."
         _check_names(parameters, [field.name for field in dataclasses.fields(cls)])
         return cls(**parameters)
 
@@ -198,8 +198,8 @@ ALL = -1  # the fold of a refit
 def _convert(
     field: dataclasses.Field,  # of Config
     value: Any,
-) -> Any:  # unchanged where it cannot be converted
-    "Convert a value to its parameter's type where the meaning is plain, and expand `~`."
+) -> Any:  # unchanged if it can't be converted
+    "Convert a value to its parameter's type if unambiguous, and expand `~`."
     if field.name == "fold" and value == "all":
         return ALL
     if type(value) is int and field.type is float:
@@ -221,7 +221,7 @@ def _stored(
     field: dataclasses.Field,  # of Config
     value: Any,
 ) -> Any:
-    "Return a value as files keep it."
+    "Return a value as written to files."
     if field.name == "fold" and value == ALL:
         return "all"
     return "+".join(value) if "joined" in field.metadata else value
@@ -229,9 +229,9 @@ def _stored(
 
 def _check_names(
     parameters: dict[str, Any],
-    names: list[str],  # those that exist
+    names: list[str],  # known parameters
 ) -> None:
-    "Check that all parameters exist. Raises ValueError that lists at most ten that do not."
+    "Check that all parameters exist. Raises ValueError listing up to ten that don't."
     unknown = sorted(reprlib.repr(name).strip("'") for name in set(parameters) - set(names))
     if unknown:
         more = f" and {len(unknown) - 10} more" * (len(unknown) > 10)
@@ -250,9 +250,9 @@ _HINTS = {  # type given, type wanted -> how to write it
 
 def _check_type(
     field: dataclasses.Field,  # of Config
-    value: Any,  # of `_convert`
+    value: Any,  # from `_convert`
 ) -> None:
-    "Check a parameter's type. Raises ValueError for another type than the default's, and for NaN, infinity and NUL."
+    "Check a parameter's type. Raises ValueError for a wrong type, NaN, infinity and NUL."
     shown = reprlib.repr(value)
     if type(value) is not field.type:
         hint = _HINTS.get((type(value), field.type), "").replace("NAME", field.name).replace("VALUE", shown)
@@ -278,8 +278,8 @@ _BOUNDS = {
 def _complaint(
     field: dataclasses.Field,  # of Config
     value: Any,  # of the right type
-) -> str:  # what the parameter must be; empty when it is
-    "Compare a value with what its parameter's line allows."
+) -> str:  # what the parameter must be; empty if it's right
+    "Check a value against its parameter's rule."
     rules = field.metadata
     if "joined" in rules and "choices" in rules and not set(value) <= set(rules["choices"]):
         return f"empty, or some of {', '.join(rules['choices'])}, joined by +"
@@ -293,9 +293,9 @@ def _complaint(
 
 # %% ../notebooks/05_config.ipynb #d9aa081b
 def _conflicts(
-    config: Config,  # each parameter right by itself
-) -> Iterator[tuple[str, bool, str]]:  # parameter, whether it is refused, what it must be
-    "Compare parameters that depend on each other."
+    config: Config,  # each parameter valid by itself
+) -> Iterator[tuple[str, bool, str]]:  # parameter, whether it's refused, what it must be
+    "Check parameters that depend on each other."
     c = config
     yield "fold", not ALL <= c.fold < c.n_folds, f"from 0 to n_folds - 1 = {c.n_folds - 1}, or all"
     seen = c.fold == ALL
@@ -336,9 +336,9 @@ def _conflicts(
 
 # %% ../notebooks/05_config.ipynb #186be1e9
 def _check_config(
-    config: Config,  # as just built
+    config: Config,  # newly built
 ) -> None:
-    "Check all parameters. Raises ValueError for the first with a wrong type or a value that makes no sense."
+    "Check all parameters. Raises ValueError for the first invalid type or value."
     fields = dataclasses.fields(config)
     for field in fields:
         _check_type(field, getattr(config, field.name))
@@ -354,7 +354,7 @@ def _check_config(
 # %% ../notebooks/05_config.ipynb #e38b0d2f
 MACHINE_PARAMETERS = ("data_dir", "runs_dir", "fold", "workers", "cache_dir", "cache_gb", "checkpoint_steps")
 MACHINE_PARAMETERS += ("wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_weights")
-CELL_PARAMETERS = ("fold", "seed")  # tell the trainings of a run apart, so params.yaml holds neither
+CELL_PARAMETERS = ("fold", "seed")  # differ within a run, so they're not in params.yaml
 
 # %% ../notebooks/05_config.ipynb #faf7ec54
 _SMOKE = {
@@ -377,8 +377,8 @@ _SMOKE = {
 def smoke_config(
     config: Config,  # with an empty data_dir
     data_dir: str | Path,  # the demo data to use instead
-) -> tuple[Config, dict[str, Any]]:  # the small settings, and what was replaced
-    "Shrink every parameter that still has its default to a run of seconds."
+) -> tuple[Config, dict[str, Any]]:  # the small settings, and the replaced values
+    "Shrink a run to seconds by changing parameters that have their defaults."
     defaults = Config().to_dict()
     replaced = {name: value for name, value in _SMOKE.items() if getattr(config, name) == defaults[name]}
     replaced["data_dir"] = str(data_dir)
@@ -394,7 +394,7 @@ def config_to_yaml(
 
 # %% ../notebooks/05_config.ipynb #9bd525a2
 class _StrictLoader(yaml.SafeLoader):
-    "Load YAML of plain values: no key twice, and no aliases, of which a few lines make billions of values."
+    "Load YAML without repeated keys or aliases; a few lines of aliases can make billions of values."
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -416,7 +416,7 @@ class _StrictLoader(yaml.SafeLoader):
 def read_yaml(
     path: str | Path,  # a parameter file, or params.yaml of a run
 ) -> dict[str, Any]:
-    "Read lines of `name: value`. Raises FileNotFoundError, or ValueError that names the file and what to do."
+    "Read lines of `name: value`. Raises FileNotFoundError, or ValueError naming the file and the remedy."
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -436,9 +436,9 @@ def read_yaml(
 # %% ../notebooks/05_config.ipynb #130f25e6
 def config_from_yaml(
     path: str | Path,  # a papermill parameter file
-    **overrides: Any,  # values that win over the file's
+    **overrides: Any,  # values that override the file's
 ) -> Config:
-    "Read a Config from a YAML file. Raises FileNotFoundError, or ValueError that names the file and the parameter."
+    "Read a Config from a YAML file. Raises FileNotFoundError, or ValueError naming the file and the parameter."
     parameters = read_yaml(path)
     try:
         return Config.from_dict(parameters | overrides)
@@ -446,15 +446,15 @@ def config_from_yaml(
         raise ValueError(f"{path}: {error}") from error
 
 # %% ../notebooks/05_config.ipynb #eb27ff57
-# what was done before the parameter existed
+# the behaviour before the parameter existed
 _BEFORE = {"head_lr": 0.0, "bank": 0, "keep": "best", "batch_norm": "trained"}
 
 
 def run_config(
     run_dir: str | Path,  # with params.yaml
-    **overrides: Any,  # values that win over the file's
+    **overrides: Any,  # values that override the file's
 ) -> Config:
-    "Read the parameters of a run, also of one that an older version began. Raises as `config_from_yaml` does."
+    "Read the parameters of a run, including runs of older versions. Raises as `config_from_yaml` does."
     path = Path(run_dir) / "params.yaml"
     parameters = read_yaml(path)
     then = {name: value for name, value in _BEFORE.items() if name not in parameters}
@@ -465,7 +465,7 @@ def parse_value(
     name: str,  # a parameter of Config
     text: str,  # as typed
 ) -> Any:
-    "Convert text to the parameter's type. Raises ValueError that names the parameter."
+    "Convert text to the parameter's type. Raises ValueError naming the parameter."
     default = Config().to_dict().get(name)
     if name == "fold" and text == "all":
         return text
@@ -477,7 +477,7 @@ def parse_value(
     if isinstance(default, tuple):
         return tuple(filter(None, text.split(",")))
     if default is None:
-        return text  # no such parameter: Config says so, with a list of those there are
+        return text  # unknown: left to Config, which lists the known ones
     try:
         return type(default)(text)
     except ValueError as error:

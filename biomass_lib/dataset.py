@@ -29,9 +29,9 @@ from .targets import TARGETS
 
 # %% ../notebooks/16_dataset.ipynb #4b256cb3
 def _table_masses(
-    table: pd.DataFrame,  # one row a photograph, with image_path; the five TARGETS, or none of them
-) -> torch.Tensor:  # mass_N5, float32 grams; NaN where the table has no masses
-    "Take the masses of a table. Raises ValueError when it is empty, lacks image_path or has some of the masses only."
+    table: pd.DataFrame,  # one row per photograph: image_path, all five TARGETS or none
+) -> torch.Tensor:  # mass_N5, float32 grams; NaN without masses
+    "Read a table's masses. Raises ValueError if it is empty, lacks image_path or has only some masses."
     present = [name for name in TARGETS if name in table]
     if not len(table) or "image_path" not in table or len(present) not in (0, len(TARGETS)):
         raise ValueError(
@@ -52,7 +52,7 @@ def photo_digests(
 
 # %% ../notebooks/16_dataset.ipynb #92787e18
 def _photo_facts(
-    table: pd.DataFrame,  # one row a photograph
+    table: pd.DataFrame,  # one row per photograph
     paths: list[Path],  # of the photographs
 ) -> dict[str, dict[str, str]]:  # image id (or path) -> cells of the table, digest of the file
     "Describe the photographs of a training. Reads each of them once."
@@ -61,8 +61,8 @@ def _photo_facts(
     return dict(zip(table.get("image_id", table["image_path"]), rows, strict=True))
 
 # %% ../notebooks/16_dataset.ipynb #485457b2
-_MIX_DRAW = 2  # tells the draw of mixing from those of the halves, 0 and 1
-STAND_IN = -1  # in place of a row: something to work on that counts for nothing
+_MIX_DRAW = 2  # draws 0 and 1 are the halves'
+STAND_IN = -1  # replaces a row where there is none; counts for nothing
 
 
 def _make_item(
@@ -74,7 +74,7 @@ def _make_item(
         return dataset[0] | {"index": STAND_IN}
     halves_2SS3, mass_5 = dataset.load(row), dataset.mass_N5[row]
     if dataset.mix or dataset.augment is not None:
-        from biomass_lib.augment import augment_halves, mix_right  # here: Albumentations is slow to import
+        from biomass_lib.augment import augment_halves, mix_right  # imported late: Albumentations is slow
     if dataset.mix:
         rng = np.random.default_rng((dataset.seed, dataset.epoch, row, _MIX_DRAW))
         if rng.random() < dataset.mix:
@@ -82,22 +82,22 @@ def _make_item(
             halves_2SS3, mass_5 = mix_right(halves_2SS3, mass_5, dataset.load(other), dataset.mass_N5[other])
     if dataset.augment is not None:
         halves_2SS3 = augment_halves(dataset.augment, halves_2SS3, dataset.seed, dataset.epoch, row)
-    halves_2HWC = torch.from_numpy(np.array(halves_2SS3))  # a copy: the cache is not to be written to
+    halves_2HWC = torch.from_numpy(np.array(halves_2SS3))  # a copy, because the cache is read-only
     return {"halves_2CHW": halves_2HWC.permute(0, 3, 1, 2), "mass_5": mass_5, "index": row}
 
 # %% ../notebooks/16_dataset.ipynb #eca119ec
 class HalvesDataset(Dataset):
-    "Halves of photographs with their masses. Raises as `_table_masses`, `load_halves` and `fill_cache` do."
+    "Serve halves of photographs with masses. Raises as `_table_masses`, `load_halves` and `fill_cache` do."
 
     def __init__(
         self,
-        table: pd.DataFrame,  # one row a photograph, with image_path; the five TARGETS, or none of them
+        table: pd.DataFrame,  # one row per photograph: image_path, all five TARGETS or none
         data_dir: str | Path,  # image_path is relative to it
         img_size: int,  # side of each half, pixels
         augment: Callable | None = None,  # of `half_augmentation`
         clean: str = "none",  # none, inpaint, crop or both
-        cache_dir: str | Path = "",  # decoded halves; empty: decode whenever an item is asked for
-        cache_gb: float = 20.0,  # most that the cache may hold
+        cache_dir: str | Path = "",  # decoded halves; empty: decode each time
+        cache_gb: float = 20.0,  # limit of the cache
         mix: float = 0.0,  # share of photographs that get another one's right half; masses are averaged
         seed: int = 0,  # of augmentation and mixing
     ):
@@ -112,15 +112,15 @@ class HalvesDataset(Dataset):
         return int(self.shared_epoch[0])
 
     def set_epoch(self, epoch: int) -> None:  # 0 or more; call it before iterating over the loader
-        "Draw other augmentations and another order from now on."
+        "Set the epoch, which augmentations and order depend on."
         self.shared_epoch[0] = epoch
 
     @cached_property
     def facts(self) -> dict[str, dict[str, str]]:  # image id (or path) -> cells of the table, digest of the file
-        "Describe what a training must find again when it goes on. Reads every photograph once."
+        "Describe the data for a resumed training to compare. Reads every photograph once."
         return _photo_facts(self.table, self.paths)
 
-    def load(self, row: int) -> np.ndarray:  # halves_2SS3 as they are in the photograph; from the cache read-only
+    def load(self, row: int) -> np.ndarray:  # halves_2SS3 of the photograph; read-only if cached
         "Read the halves before augmentation."
         return open_halves(self.files[row]) if self.files else load_halves(self.paths[row], self.img_size, self.clean)
 
@@ -132,7 +132,7 @@ class HalvesDataset(Dataset):
 
 # %% ../notebooks/16_dataset.ipynb #7cea6265
 class _EpochSampler(Sampler):
-    "Rows of a dataset, each once, in an order that depends on the seed and on the epoch."
+    "Yield each row once, in an order that depends on seed and epoch."
 
     def __init__(
         self,
@@ -149,15 +149,15 @@ class _EpochSampler(Sampler):
 
 # %% ../notebooks/16_dataset.ipynb #a877ef40
 class _RankBatches(Sampler):
-    "Parts of all batches that belong to one of several processes. Raises ValueError for more processes than rows."
+    "Yield one process's part of every batch. Raises ValueError for more processes than rows."
 
     def __init__(
         self,
         order: Sampler | range,  # rows of all processes together
-        batch_size: int,  # photographs a batch in each process
+        batch_size: int,  # photographs per batch in each process
         rank: int,  # of this process, from 0
         size: int,  # number of processes
-        stand_in: bool,  # where a last batch has nothing for this process: a STAND_IN; otherwise one batch less
+        stand_in: bool,  # in a last batch without rows for this process; False: skip it
     ):
         if len(order) < size:
             raise ValueError(f"{len(order)} photographs for {size} processes: start at most {len(order)}")
@@ -179,7 +179,7 @@ class _RankBatches(Sampler):
 def _start_worker(
     worker: int,  # its number
 ) -> None:
-    "Use one OpenCV thread in a worker process, and leave Ctrl-C to the main process, which ends it."
+    "Use one OpenCV thread in a worker process, and leave Ctrl-C to the main process."
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -187,7 +187,7 @@ def _start_worker(
 def _stack_items(
     items: list[dict],  # of a HalvesDataset
 ) -> dict[str, torch.Tensor]:  # halves_B2CHW uint8 in channels-last memory, mass_B5, index_B
-    "Stack items to a batch; its pixels keep the order in which they lie in the files, so that nothing is transposed."
+    "Stack items to a batch. Pixels keep their order, so nothing is transposed."
     halves_B2HWC = torch.stack([item["halves_2CHW"].permute(0, 2, 3, 1) for item in items])
     return {
         "halves_2CHW": halves_B2HWC.permute(0, 1, 4, 2, 3),
@@ -201,7 +201,7 @@ _SHARED_MEMORY = "/dev/shm"
 
 
 def _free_shared_memory() -> float:  # bytes; infinity where there is no /dev/shm
-    "Compute how much this process may use of what is free in shared memory."
+    "Compute this process's share of the free shared memory."
     try:
         disk = os.statvfs(_SHARED_MEMORY)
     except OSError:
@@ -211,15 +211,15 @@ def _free_shared_memory() -> float:  # bytes; infinity where there is no /dev/sh
 
 # %% ../notebooks/16_dataset.ipynb #3bf5ec96
 def _fit_workers(
-    workers: int,  # that were asked for
+    workers: int,  # requested
     batch_bytes: int,  # pixels of a batch
-    free: float,  # bytes, of `_free_shared_memory`
+    free: float,  # bytes, from `_free_shared_memory`
 ) -> tuple[int, int]:  # workers, batches that each prepares
-    "Find the most workers and batches for which shared memory suffices; print when that is less than asked for."
+    "Find the most workers and batches that fit into shared memory; print if fewer than requested."
     wished = workers
     while workers:
         for prefetch in range(_PREFETCH, 0, -1):
-            if (workers * prefetch + 1) * batch_bytes <= free:  # one is in the hands of the training
+            if (workers * prefetch + 1) * batch_bytes <= free:  # the training holds one
                 if (workers, prefetch) != (wished, _PREFETCH):
                     instead = f"{workers} workers, {prefetch} batches ahead"
                     print(_little_memory(free, batch_bytes, instead), flush=True)
@@ -235,14 +235,14 @@ def _little_memory(
     batch_bytes: int,
     instead: str,
 ) -> str:
-    "Explain why there are fewer workers."
+    "Write why there are fewer workers."
     needs = f"{free / 1e6:.0f} MB for batches of {batch_bytes / 1e6:.0f} MB"
     return f"{_SHARED_MEMORY} has {needs}: {instead} (more room: docker run --shm-size 4g)"
 
 # %% ../notebooks/16_dataset.ipynb #ac062395
 @contextmanager
 def lost_batches() -> Iterator[None]:
-    "Turn torch's errors for lost batches and killed workers into a RuntimeError that tells what to do."
+    "Turn torch's errors for lost batches and killed workers into a RuntimeError with the remedy."
     try:
         yield
     except RuntimeError as error:
@@ -258,7 +258,7 @@ def lost_batches() -> Iterator[None]:
 
 # %% ../notebooks/16_dataset.ipynb #57e8c2ef
 class _CheckedLoader(DataLoader):
-    "Loader whose lost batches are errors that tell what to do."
+    "Load batches; lost ones raise as in `lost_batches`."
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         with lost_batches():
@@ -267,19 +267,19 @@ class _CheckedLoader(DataLoader):
 # %% ../notebooks/16_dataset.ipynb #09628787
 def make_loader(
     dataset: HalvesDataset,
-    batch_size: int,  # photographs a batch
-    shuffle: bool,  # another order in each epoch; otherwise the order of the table
+    batch_size: int,  # photographs per batch
+    shuffle: bool,  # a new order in each epoch; False: the table's order
     workers: int = 0,  # processes; 0 loads in this one
     seed: int = 0,  # of the order
-    drop_last: bool = False,  # leave out a last batch that is not full
-    rank: int = 0,  # of this process among those that train together
+    drop_last: bool = False,  # drop a last batch that is not full
+    rank: int = 0,  # of this process among those training together
     size: int = 1,  # number of processes
-    patience: float = 600.0,  # seconds to wait for a batch of a worker before it counts as lost
+    patience: float = 600.0,  # seconds before a batch counts as lost
 ) -> DataLoader:  # batches as dictionaries: halves_2CHW (now B2CHW), mass_5, index
     """Make a loader whose batches are the same for any number of workers.
 
-    Where shared memory is too small for what the workers hand over, there are fewer batches in it or no workers, and a
-    line that tells so. Raises RuntimeError when a batch gets lost."""
+    If shared memory is too small, workers prepare fewer batches, or there are none, and a line says so.
+    Raises RuntimeError if a batch gets lost."""
     order = _EpochSampler(dataset, seed) if shuffle else None
     if size > 1:
         rows = range(len(dataset)) if order is None else order
@@ -294,7 +294,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=_stack_items,
         worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(seed),  # so that a loader does not use up torch's own random numbers
+        generator=torch.Generator().manual_seed(seed),  # leaves torch's own random numbers alone
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
         timeout=patience if workers else 0,

@@ -42,17 +42,17 @@ _SOILS = [[112, 88, 62], [150, 110, 66], [140, 130, 116], [84, 74, 64], [150, 12
 
 @dataclass(frozen=True)
 class _Visit:
-    "Circumstances that all photographs of one date and site share."
+    "Hold what all photographs of one date and site share."
 
     number: int
     state: str
-    date: str  # as the competition writes it, 2015/9/4
+    date: str  # in the competition's format, 2015/9/4
     species: tuple[str, ...]
     level_g: tuple[float, float, float]  # typical grass, clover, dead
     height_cm: float  # typical sward height
-    tuft: float  # share of the grass that stands in tussocks
-    mat: float  # how much green, too low to be clipped, covers the soil: 0 to 1
-    litter: float  # how much straw lies on the soil, weightless: 0 to 1
+    tuft: float  # share of the grass in tussocks
+    mat: float  # share of the soil under green too low to be clipped: 0 to 1
+    litter: float  # amount of weightless straw on the soil: 0 to 1
     soil_3: tuple[float, float, float]  # colour
     hue: float  # of the grass: 0 bluish, 1 yellowish green
     sun: float  # 0 overcast, 1 hard shadows
@@ -60,7 +60,7 @@ class _Visit:
     saturation: float  # of the camera's colours
     blur: float  # of the camera, pixels
     date_stamp: bool
-    zoom: float = 1.0  # of the picture: below 1 from higher up, with some of what grows around the quadrat
+    zoom: float = 1.0  # of the picture; below 1 from higher up, showing more around the quadrat
 
 # %% ../notebooks/18_demo.ipynb #5b6becc8
 def _draw_visit(
@@ -71,11 +71,11 @@ def _draw_visit(
     "Draw the circumstances of a visit."
     rng = np.random.default_rng([seed, 1, number])
     _, species, level_g, height_cm = (_STATES | _NEW_STATES)[state]
-    scale, mix = rng.lognormal(0, 0.15), rng.normal(0, 0.3)  # where much clover grows, there is less grass
+    scale, mix = rng.lognormal(0, 0.15), rng.normal(0, 0.3)  # more clover means less grass
     tilt_3 = np.exp([-0.5 * mix, 2 * mix, rng.normal(0, 0.35)])
     day = pd.Timestamp("2015-01-15") + pd.Timedelta(days=int(13 * number + rng.integers(0, 9)) % 340)
     soil_3 = np.array(_SOILS)[rng.integers(len(_SOILS))] * rng.uniform(0.8, 1.2) * rng.lognormal(0, 0.05, 3)
-    return _Visit(  # the draws of the fields follow one another as written here
+    return _Visit(  # fields are drawn in this order
         number=number,
         state=state,
         date=f"{day.year}/{day.month}/{day.day}",
@@ -95,14 +95,14 @@ def _draw_visit(
     )
 
 # %% ../notebooks/18_demo.ipynb #3d6089d7
-_MOST_LEAVES = 8000  # of a component in one photograph: what can be drawn in half a second
+_MOST_LEAVES = 8000  # of a component in one photograph; takes half a second to draw
 _DENSITY = {"grass": 0.62, "clover": 0.9, "dead": 0.9}  # grams for 100,000 square pixels of leaf of usual width
 _USUAL = {"grass": 9.5, "clover": 20.0}  # width of a blade, radius of a leaflet, pixels
 
 
 @dataclass(frozen=True)
 class _Leaves:
-    "All leaves of one component in one photograph."
+    "Hold all leaves of one component in one photograph."
 
     base_K2: np.ndarray  # x, y of the foot, pixels
     angle_K: np.ndarray  # direction, radians
@@ -115,7 +115,7 @@ def _patches(
     rng: np.random.Generator,
     contrast: float = 0.7,  # 0: even
 ) -> np.ndarray:  # patch_HW, 20 x 40, positive
-    "Draw a smooth random field: how dense a component stands where."
+    "Draw a smooth random field of a component's density."
     coarse = cv2.resize(rng.normal(0, 1, (5, 9)), (40, 20), interpolation=cv2.INTER_CUBIC)
     return np.exp(contrast * coarse)
 
@@ -125,7 +125,7 @@ def _patchy_points(
     count: int,
     patch_HW: np.ndarray,  # relative density on a coarse grid
 ) -> np.ndarray:  # base_K2, pixels of 2000 x 1000
-    "Draw random places, more of them where the sward is dense."
+    "Draw random places, more where the sward is dense."
     cell_K = rng.choice(patch_HW.size, size=count, p=(patch_HW / patch_HW.sum()).ravel())
     row_K, column_K = np.unravel_index(cell_K, patch_HW.shape)
     side = 2000 / patch_HW.shape[1]
@@ -148,7 +148,7 @@ def _tussocks(
     rng: np.random.Generator,
     count: int,  # leaves
     length: float,  # typical, pixels
-    share: float,  # of the leaves that stand in tussocks
+    share: float,  # of the leaves in tussocks
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # base_K2, angle_K, size_K: the mean of size to 2.5 is 1
     "Place blades singly and in tussocks."
     patch_HW = _patches(rng)
@@ -156,7 +156,7 @@ def _tussocks(
     angle_K, size_K = rng.uniform(0, 2 * np.pi, count), np.ones(count)
     n_tufts = max(1, round(count * share / 160))
     centre_T2, size_T = _patchy_points(rng, n_tufts, patch_HW), rng.lognormal(0, 0.35, n_tufts)
-    of_M = rng.integers(0, n_tufts, round(count * share))  # tussock of each leaf in one
+    of_M = rng.integers(0, n_tufts, round(count * share))  # tussock of each leaf
     away_M2 = rng.normal(0, 0.3, (len(of_M), 2)) * length * size_T[of_M, None]
     base_K2[: len(of_M)] = centre_T2[of_M] + away_M2
     angle_K[: len(of_M)] = np.arctan2(away_M2[:, 1], away_M2[:, 0]) + rng.normal(0, 0.5, len(of_M))
@@ -167,11 +167,11 @@ def _tussocks(
 def draw_leaves(
     rng: np.random.Generator,
     component: str,  # grass, clover or dead
-    mass_g: float,  # wanted, about
+    mass_g: float,  # wanted, approximate
     height_cm: float,  # of the sward
-    tuft: float = 0.6,  # share of the grass that stands in tussocks
+    tuft: float = 0.6,  # share of the grass in tussocks
 ) -> _Leaves:
-    "Place the leaves of one component; about `mass_g` of them."
+    "Place the leaves of one component, about `mass_g` in all."
     tall = np.clip(height_cm / 8, 0.25, 4.0)
     length, width = {
         "grass": (150 * tall**0.5, 9.5 * tall**0.45),
@@ -179,7 +179,7 @@ def draw_leaves(
         "dead": (150 * tall**0.3, 6 * tall**0.2),
     }[component]
     count = int(np.ceil(mass_g / leaf_grams(component, length, width) / 1.15)) if mass_g > 0 else 0
-    if count > _MOST_LEAVES:  # fewer and larger leaves, so that no mass is lost
+    if count > _MOST_LEAVES:  # fewer, larger leaves keep the mass
         larger = (count / _MOST_LEAVES) ** (0.5 if component == "dead" else 0.4)
         length, width, count = length * larger, width * larger, _MOST_LEAVES
     if component == "grass":
@@ -238,7 +238,7 @@ def _leaf_colours(
     visit: _Visit,
     depth_K: np.ndarray,  # 0 at the soil, 1 on top
 ) -> np.ndarray:  # colour_K3, RGB before shade
-    "Mix greens and straws, each leaf a little different, darker and browner below; some reflect the sky."
+    "Mix the colour of each leaf: greens or straws, darker and browner below; some reflect the sky."
     bluish, yellowish = np.array([[52, 100, 44], [110, 158, 92]]), np.array([[88, 122, 26], [168, 188, 72]])
     low_3, high_3 = {
         "grass": bluish * (1 - visit.hue) + yellowish * visit.hue,
@@ -247,7 +247,7 @@ def _leaf_colours(
     }[component]
     mix_K1 = np.clip(rng.normal(0.45, 0.35, (len(depth_K), 1)), -0.2, 1.4)
     colour_K3 = low_3 * (1 - mix_K1) + high_3 * mix_K1
-    if component == "grass":  # yellow blades, more of them in some visits
+    if component == "grass":  # yellow blades, more in some visits
         dry_K1 = rng.random((len(depth_K), 1)) < 0.03 + 0.15 * visit.hue**2
         colour_K3 = np.where(dry_K1, 0.35 * colour_K3 + 0.65 * np.array([186, 166, 104]), colour_K3)
     sheen_K1 = (0.2 if component == "clover" else 0.4) * (rng.random((len(depth_K), 1)) < 0.06 + 0.12 * visit.sun)
@@ -304,7 +304,7 @@ def _throw_shade(
     strength: float = 0.5,
     reach: int = 8,  # of the shadow, in eighths of four pixels
 ) -> None:
-    "Darken what lies under a layer, softly and to the lower right."
+    "Darken everything under a layer, softly and to the lower right."
     mask_hw = np.zeros((250, 500), dtype=np.uint8)
     for outline_P2 in outlines:
         cv2.fillPoly(mask_hw, [(outline_P2 >> 2) + reach], 255, shift=3)
@@ -319,7 +319,7 @@ def _leaf_shapes(
     leaves: _Leaves,
     visit: _Visit,
 ) -> list[tuple[float, str, np.ndarray, np.ndarray]]:  # depth, component, outlines, colour of each leaf
-    "Prepare the leaves of a component to be drawn in any order."
+    "Prepare the leaves of a component for drawing in any order."
     colour_K3 = _leaf_colours(rng, component, visit, leaves.depth_K)
     if component == "clover":
         outlines = _clover_outlines(leaves)
@@ -356,13 +356,13 @@ def _draw_layers(
 def _five_masses(
     mass_g: dict[str, float],  # grass, clover, dead
 ) -> np.ndarray:  # mass_5, grams, order of TARGETS
-    "Derive all five masses; the sums are exact."
+    "Derive all five masses, with exact sums."
     gdm = mass_g["grass"] + mass_g["clover"]
     return np.array([mass_g["grass"], mass_g["dead"], mass_g["clover"], gdm, gdm + mass_g["dead"]])
 
 # %% ../notebooks/18_demo.ipynb #636dab59
 def true_density(
-    leaves: dict[str, _Leaves],  # grass, clover and dead, of `render_photo`
+    leaves: dict[str, _Leaves],  # grass, clover and dead, from `render_photo`
     rows: int,  # of the map, over the height of the photograph
     columns: int,  # over its width
 ) -> np.ndarray:  # density_5HW, g per square metre, order of TARGETS
@@ -385,7 +385,7 @@ def _light_relief(
     density_hw: np.ndarray,  # g per square metre of all components, on a coarse grid
     sun: float,  # 0 overcast, 1 hard shadows
 ) -> None:
-    "Brighten where much grows and darken the hollows and the sides that lie away from the sun."
+    "Brighten heavy places; darken hollows and sides away from the sun."
     height_hw = np.sqrt(density_hw / 200).astype(np.float32)  # about 1 on average
     height_hw = cv2.GaussianBlur(cv2.resize(height_hw, (500, 250), interpolation=cv2.INTER_LINEAR), (0, 0), 4)
     hollow_hw = height_hw - cv2.GaussianBlur(height_hw, (0, 0), 40)
@@ -398,7 +398,7 @@ def _lay_cardboard(
     rng: np.random.Generator,
     photo_HW3: np.ndarray,  # uint8, changed in place
 ) -> None:
-    "Lay a slanted sheet, beige to pink, over a part of the upper or the lower edge."
+    "Lay a slanted beige to pink sheet over part of the upper or lower edge."
     height, width = photo_HW3.shape[:2]
     wide, pinkness = rng.uniform(0.25, 0.4) * width, rng.uniform()
     left, lean_2 = rng.uniform(-0.02 * width, 1.02 * width - wide), rng.uniform(-0.03, 0.03, 2) * width
@@ -415,8 +415,8 @@ def add_artefacts(
     rng: np.random.Generator,
     photo_HW3: np.ndarray,  # uint8, changed in place
     visit: _Visit,
-) -> dict[str, bool]:  # what was added
-    "Add date stamps, flash dots, cardboard and black rims, as often as people left them in."
+) -> dict[str, bool]:  # the artefacts added
+    "Add date stamps, flash dots, cardboard and black rims, as often as in real photographs."
     shares = {"flash_dots": 0.08, "cardboard": 0.06, "black_rim": 0.12}
     added = {"date_stamp": visit.date_stamp} | {name: bool(rng.random() < share) for name, share in shares.items()}
     if added["flash_dots"]:
@@ -443,7 +443,7 @@ def _colour_matrix(
     mean_3: np.ndarray,  # RGB of the scene
     visit: _Visit,
 ) -> np.ndarray:  # matrix_34: of RGB and 1
-    "Draw what the camera does to colours: white balance, saturation, exposure, contrast."
+    "Draw the camera's white balance, saturation, exposure and contrast."
     luma_3, usual = np.array([0.3, 0.59, 0.11]), 122.0
     gain_3 = np.array(visit.cast_3) * rng.lognormal(0, (0.03, 0.02, 0.05))
     gain_3 *= (mean_3.mean() / mean_3) ** rng.uniform(0, 0.3)
@@ -476,13 +476,13 @@ def sward_grams(
     rng: np.random.Generator,
     visit: _Visit,
 ) -> np.ndarray:  # grass, clover, dead, grams
-    "Draw how much grows in one quadrat of a visit."
+    "Draw the masses in one quadrat of a visit."
     mix = rng.normal(0, 0.3)
     scatter_3 = np.exp([-mix, 2 * mix, 0]) * rng.lognormal(0, (0.35, 0.5, 0.5)) * rng.lognormal(0, 0.12)
     wanted_3 = np.array(visit.level_g) * scatter_3
     clover, grass = {"Tas": 0.31, "WA": 0.08}.get(visit.state, 0.12), {"WA": 0.45}.get(visit.state, 0.01)
-    wanted_3 *= rng.random(3) > (grass, clover, 0.09 if visit.state == "NSW" else 0.005)  # how often one is missing
-    if not wanted_3[:2].any():  # something green grows everywhere
+    wanted_3 *= rng.random(3) > (grass, clover, 0.09 if visit.state == "NSW" else 0.005)  # chance that one is missing
+    if not wanted_3[:2].any():  # there is always something green
         wanted_3[0] = visit.level_g[0]
     return np.minimum(wanted_3, (130, 50, 70))
 
@@ -492,7 +492,7 @@ def _sward_height(
     visit: _Visit,
     wanted_g: np.ndarray,  # grass, clover, dead
 ) -> float:  # cm
-    "Draw how tall the sward of one quadrat stands: taller where more grass grows."
+    "Draw the sward height of one quadrat: more grass is taller."
     more = (wanted_g[0] + 2) / (visit.level_g[0] + 2)
     return float(visit.height_cm * more**0.6 * rng.lognormal(0, 0.4))
 
@@ -501,7 +501,7 @@ def _from_height(
     canvas_HW3: np.ndarray,  # float32, 1000 x 2000
     zoom: float,  # below 1 from higher up
 ) -> np.ndarray:  # canvas_HW3
-    "Change the height of the camera; around the quadrat grows what grows in it, mirrored."
+    "Change the height of the camera; the surroundings mirror the quadrat."
     if zoom == 1:
         return canvas_HW3
     matrix_23 = np.array([[zoom, 0, 1000 * (1 - zoom)], [0, zoom, 500 * (1 - zoom)]])
@@ -512,8 +512,8 @@ def render_photo(
     seed: int,  # of the data set
     number: int,  # of the photograph
     visit: _Visit,
-) -> tuple[np.ndarray, dict[str, Any]]:  # photo_HW3 and what is true of it
-    "Draw one quadrat. Deterministic in its three arguments."
+) -> tuple[np.ndarray, dict[str, Any]]:  # photo_HW3 and the facts about it
+    "Draw one quadrat. Deterministic for its three arguments."
     rng = np.random.default_rng([seed, 2, number])
     wanted_g = sward_grams(rng, visit)
     height_cm = max(1.0, _sward_height(rng, visit, wanted_g))
@@ -545,13 +545,13 @@ def plan_visits(
     seed: int,
     n_photos: int,
     first: int,  # number of the first visit
-) -> list[_Visit]:  # one a photograph
-    "Deal photographs out to visits; at least four visits; a large set has larger ones."
+) -> list[_Visit]:  # one per photograph
+    "Deal photographs out to four or more visits; large sets have larger visits."
     rng = np.random.default_rng([seed, 3, first])
     n_visits = max(min(4, n_photos), round(min(n_photos / 4, 1.5 * max(n_photos, 256) ** 0.5)))
     states = list(_STATES)[:n_visits]
     share = np.array([_STATES[name][0] for name in _STATES])
-    while len(states) < n_visits:  # the State that is furthest behind its share comes next
+    while len(states) < n_visits:  # next: the State furthest behind its share
         have = np.array([states.count(name) for name in _STATES])
         states.append(list(_STATES)[int(np.argmax(share * (len(states) + 1) - have))])
     visits = [_draw_visit(seed, first + k, state) for k, state in enumerate(states)]
@@ -562,15 +562,15 @@ def plan_visits(
 
 # %% ../notebooks/18_demo.ipynb #0477f81c
 def _start_worker() -> None:
-    "Leave Ctrl-C to the main process, and end with it."
+    "Leave Ctrl-C to the main process, and die with it."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
 
 # %% ../notebooks/18_demo.ipynb #659e337f
 def _write_photo(
     job: tuple[int, int, _Visit, str],  # seed, number of the photograph, its visit, path
-) -> dict[str, Any]:  # what is true of it, without the leaves
-    "Draw one photograph into its file; runs in worker processes."
+) -> dict[str, Any]:  # the facts about it, without the leaves
+    "Draw one photograph into its file, in a worker process."
     seed, number, visit, path = job
     cv2.setNumThreads(1)
     photo_HW3, truth = render_photo(seed, number, visit)
@@ -583,10 +583,10 @@ def _write_photo(
 
 # %% ../notebooks/18_demo.ipynb #5cf503e7
 def _write_photos(
-    jobs: list[tuple[int, int, _Visit, str]],  # of `_write_photo`
+    jobs: list[tuple[int, int, _Visit, str]],  # from `_write_photo`
     workers: int,  # processes
-) -> list[dict[str, Any]]:  # of `_write_photo`
-    "Draw photographs in several processes; stop all of them at the first error."
+) -> list[dict[str, Any]]:  # from `_write_photo`
+    "Draw photographs in several processes; stop all at the first error."
     options = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _start_worker}
     resource_tracker.ensure_running()  # its start would end what comes next
     with ProcessPoolExecutor(workers, **options) as pool:
@@ -606,7 +606,7 @@ def _image_names(
     seed: int,
     count: int,
 ) -> list[str]:  # ID and up to ten digits, like the real ones
-    "Draw different names, in an order that tells nothing."
+    "Draw distinct names in random order."
     numbers = np.random.default_rng([seed, 4]).choice(2_000_000_000, size=count, replace=False) + 4_000_000
     return [f"ID{number}" for number in numbers]
 
@@ -619,7 +619,7 @@ def _shift_visit(
     visit: _Visit,
     shift: tuple[str, ...],  # some of SHIFTS
 ) -> _Visit:
-    "Change the circumstances of a visit. Deterministic in its arguments. Raises ValueError for an unknown shift."
+    "Shift a visit. Deterministic for its arguments. Raises ValueError for an unknown shift."
     if unknown := [name for name in shift if name not in SHIFTS]:
         raise ValueError(f"shift = {unknown[0]!r} is unknown; there are {', '.join(SHIFTS)}")
     if "state" in shift:
@@ -644,9 +644,9 @@ def plan_photos(
     n_train: int,
     n_test: int,
     seed: int,
-    shift: tuple[str, ...] = (),  # of `_shift_visit`: how the test photographs differ; then none is of a training visit
+    shift: tuple[str, ...] = (),  # as for `_shift_visit`; shifted test photographs share no training visit
 ) -> list[dict[str, Any]]:  # image_id, split, image_path and visit of each photograph
-    "Assign photographs to visits and files; a quarter of the test photographs are of training visits."
+    "Assign photographs to visits and files; a quarter of the test photographs share training visits."
     train_plan, shared = plan_visits(seed, n_train, first=0), 0 if shift else min(n_test // 4, n_train)
     test_plan = train_plan[:: max(1, n_train // max(1, shared))][:shared]
     test_plan += [_shift_visit(seed, visit, shift) for visit in plan_visits(seed, n_test - shared, first=1000)]
@@ -662,7 +662,7 @@ def _truth_row(
     photo: dict[str, Any],  # from plan_photos
     truth: dict[str, Any],  # from _write_photo
 ) -> dict[str, Any]:  # one row of truth.csv
-    "Collect all that is known about a photograph."
+    "Collect all facts about a photograph."
     visit = photo["visit"]
     row = photo | {"visit": visit.number, "Sampling_Date": visit.date, "State": visit.state}
     row |= {key: truth[key] for key in ("Species", "Pre_GSHH_NDVI", "Height_Ave_cm")}
@@ -675,9 +675,9 @@ _PHOTO_COLUMNS = ("image_path", "Sampling_Date", "State", "Species", "Pre_GSHH_N
 
 
 def _long_rows(
-    truth: pd.DataFrame,  # one row a photograph
-) -> pd.DataFrame:  # five rows a photograph in the competition's columns and order
-    "Lay out the rows of train.csv, of which test.csv is a part."
+    truth: pd.DataFrame,  # one row per photograph
+) -> pd.DataFrame:  # five rows per photograph in the competition's columns and order
+    "Lay out the rows of train.csv; test.csv has some of the columns."
     rows = []
     for photo in truth.to_dict("records"):
         for name in sorted(TARGETS):
@@ -686,14 +686,14 @@ def _long_rows(
     return pd.DataFrame(rows)
 
 # %% ../notebooks/18_demo.ipynb #08970a81
-_FORMAT = 2  # in demo.json; higher when the same parameters give other photographs
+_FORMAT = 2  # in demo.json; raised when the same parameters give other photographs
 
 
 def _claim_folder(
     out: Path,
-    recipe: dict[str, Any],  # how the set is to be made
-) -> bool:  # False: it is there already, made in the same way
-    "Claim an empty folder, or find the data set in it. Raises ValueError when it holds other files or another set."
+    recipe: dict[str, Any],  # parameters of the set
+) -> bool:  # False: the same set is there already
+    "Claim an empty folder or find the set in it. Raises ValueError if it holds other files or another set."
     if (out / "demo.json").is_file():
         facts = json.loads((out / "demo.json").read_text(encoding="utf-8"))
         other = {key for key in {*recipe, "shift"} if facts.get(key) != recipe.get(key)}
@@ -711,7 +711,7 @@ def _claim_folder(
         raise ValueError(f"{out} is not empty ({', '.join(sorted(files)[:3])}) and not ours; choose another folder")
     for name in ("train", "test"):
         if (out / ".started").exists():
-            shutil.rmtree(out / name, ignore_errors=True)  # photographs of an interrupted set of our own
+            shutil.rmtree(out / name, ignore_errors=True)  # photographs of our interrupted set
         (out / name).mkdir(parents=True, exist_ok=True)
     (out / ".started").touch()
     return True
@@ -720,11 +720,11 @@ def _claim_folder(
 def render_dataset(
     out: str | Path,  # folder to fill
     n_train: int = 96,  # photographs with masses
-    n_test: int = 24,  # photographs to be predicted
+    n_test: int = 24,  # photographs to predict
     seed: int = 0,
-    workers: int = 0,  # processes; 0: one a core
-    shift: tuple[str, ...] = (),  # of `_shift_visit`: how the test photographs differ
-) -> dict[str, Any]:  # what demo.json says, the ceiling among it
+    workers: int = 0,  # processes; 0: one per core
+    shift: tuple[str, ...] = (),  # as for `_shift_visit`, of the test photographs
+) -> dict[str, Any]:  # content of demo.json, including the ceiling
     """Render a data set in the competition's format.
 
     Raises ValueError for fewer than 4 training photographs, an unknown shift, and a folder with other contents."""
@@ -750,10 +750,10 @@ def render_dataset(
 # %% ../notebooks/18_demo.ipynb #6e01071d
 def _write_tables(
     out: Path,
-    truth: pd.DataFrame,  # one row a photograph
+    truth: pd.DataFrame,  # one row per photograph
     recipe: dict[str, Any],  # for demo.json
-) -> dict[str, Any]:  # what demo.json says
-    "Write the three tables of the competition, then truth.csv, which only a renderer has, and demo.json last."
+) -> dict[str, Any]:  # content of demo.json
+    "Write the competition's three tables, then truth.csv, then demo.json."
     train, test = _long_rows(truth[truth.split == "train"]), _long_rows(truth[truth.split == "test"])
     test = test[["sample_id", "image_path", "target_name"]]
     write_csv(train, out / "train.csv")

@@ -20,7 +20,7 @@ import torch
 def _gpu_trouble(
     device: str,  # cuda, or cuda:0, ...
 ) -> str:  # empty: it works
-    "Let a GPU do a small multiplication, and say what goes wrong."
+    "Run a small matrix product on a GPU, and return the error, if any."
     try:
         ones_33 = torch.ones(3, 3, device=device)
         total = float((ones_33 @ ones_33).sum())
@@ -30,7 +30,7 @@ def _gpu_trouble(
 
 # %% ../notebooks/06_device.ipynb #a90f53ce
 def pick_device() -> torch.device:
-    "Pick the current GPU if it works, else the CPU; a GPU that fails is reported."
+    "Pick the current GPU if it works, else the CPU. Prints a failing GPU."
     if not torch.cuda.is_available():
         return torch.device("cpu")
     trouble = _gpu_trouble("cuda")
@@ -40,7 +40,7 @@ def pick_device() -> torch.device:
 
 # %% ../notebooks/06_device.ipynb #3c062874
 def pick_devices() -> list[torch.device]:  # at least one
-    "Pick all GPUs that work, else the CPU; GPUs that fail are reported."
+    "Pick all working GPUs, else the CPU. Prints failing GPUs."
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     troubles = {f"cuda:{number}": _gpu_trouble(f"cuda:{number}") for number in range(count)}
     working = [torch.device(name) for name, trouble in troubles.items() if not trouble]
@@ -51,7 +51,7 @@ def pick_devices() -> list[torch.device]:  # at least one
 
 # %% ../notebooks/06_device.ipynb #b99976dc
 def cpu_has_bf16() -> bool:
-    "Ask Linux whether the processor multiplies bfloat16 itself; without that, bfloat16 is slower than float32."
+    "Ask Linux whether the processor multiplies bfloat16 itself; if not, it is slower than float32."
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
     return bool(flags & {"avx512_bf16", "amx_bf16"})
@@ -61,7 +61,7 @@ def autocast_dtype(
     amp: str,  # auto, bf16, fp16 or off
     device: torch.device,  # where the model runs
 ) -> torch.dtype | None:  # None: float32 throughout
-    "Choose the autocast type for a device. Raises ValueError for float16 on a CPU, which has no fast float16."
+    "Choose the autocast type for a device. Raises ValueError for float16 on a CPU."
     if amp == "off":
         return None
     if amp == "fp16" and device.type == "cpu":
@@ -76,7 +76,7 @@ def autocast_dtype(
 def set_deterministic(
     on: bool,
 ) -> None:
-    "Choose between the same bits each time and the fastest kernels, for the whole process, before the GPU is used."
+    "Choose between reproducible bits and the fastest kernels, for the whole process; call before using the GPU."
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
@@ -86,9 +86,9 @@ def set_deterministic(
 def set_tf32(
     device: torch.device,  # of the model
     on: bool = True,
-) -> bool:  # whether it is on: not on CPUs
-    "Allow TensorFloat-32 for what is float32, for the whole process."
-    on = on and device.type == "cuda"  # it would reach into the matrix products of newer CPUs, too
+) -> bool:  # whether it's on; never on CPUs
+    "Allow TensorFloat-32 in place of float32, for the whole process."
+    on = on and device.type == "cuda"  # it would change matrix products of newer CPUs
     torch.set_float32_matmul_precision("high" if on else "highest")
     torch.backends.cudnn.allow_tf32 = on
     return on
@@ -97,7 +97,7 @@ def set_tf32(
 def free_bytes(
     device: torch.device,  # cuda or cpu
 ) -> int:
-    "Measure the memory that is free on a device."
+    "Measure the free memory of a device."
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -108,25 +108,25 @@ def free_bytes(
 def out_of_memory(
     error: Exception,  # raised by torch
 ) -> bool:
-    "Tell whether a device ran out of memory; cuBLAS and the CPU say it in words of their own."
+    "Tell whether an error means out of memory, as worded by CUDA, cuBLAS or the CPU."
     words = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
     return isinstance(error, torch.cuda.OutOfMemoryError) or bool(re.search(words, str(error)))
 
 # %% ../notebooks/06_device.ipynb #e8a120e5
-def peak_memory_gb() -> float:  # of the GPU if there is one, else of this process
-    "Measure the most memory in use at once: on a GPU since its statistics were reset, else by the whole process."
+def peak_memory_gb() -> float:  # of the GPU if present, else of this process
+    "Measure peak memory: on a GPU since its statistics were reset, else of the process."
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 # %% ../notebooks/06_device.ipynb #96f6e981
-def steady_memory() -> bool:  # whether anything was set: glibc only
-    "Let the C library keep large blocks for the next step."
+def steady_memory() -> bool:  # whether it was set; glibc only
+    "Make the C library keep large blocks for the next step."
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names and numbers of malloc.h
-    kept = mallopt(mmap_threshold, 2**30) or mallopt(mmap_max, 0)  # older ones take no threshold above 32 MB
+    kept = mallopt(mmap_threshold, 2**30) or mallopt(mmap_max, 0)  # older versions refuse thresholds above 32 MB
     return bool(kept and mallopt(trim_threshold, 2**31 - 1))

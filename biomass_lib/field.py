@@ -21,7 +21,7 @@ from .targets import KG_HA, TARGETS
 
 # %% ../notebooks/58_field.ipynb #6d7664ed
 def error_facts(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
     level: float = 0.9,  # of the intervals of single photographs
 ) -> dict[str, Any]:  # numbers and lists of numbers, for JSON
     "Describe out-of-fold errors. Raises ValueError with fewer than three visits, and as `conformal_widths` does."
@@ -45,13 +45,13 @@ def error_facts(
     return {"level": level, "photographs": len(oof), **conformal_widths(true_N5, pred_N5, level), "paddock": paddock}
 
 # %% ../notebooks/58_field.ipynb #9a8bc647
-_USUAL_FREEDOM = 4  # photographs that the usual spread within a visit counts for
+_USUAL_FREEDOM = 4  # weight of the usual spread within a visit, in photographs
 
 
 def paddock_mean(
     total_N: np.ndarray,  # predicted total grams of one paddock's photographs
-    paddock: dict[str, float],  # of `error_facts`
-    level: float = 0.9,  # share of the paddocks whose mean shall lie inside
+    paddock: dict[str, float],  # from `error_facts`
+    level: float = 0.9,  # share of paddocks with their mean inside
     wanted: float = 200.0,  # kg DM/ha to both sides
     date_N: np.ndarray | None = None,  # any labels; None: all photographs are of one visit
 ) -> dict[str, float]:  # mean, low, high, shared: kg DM/ha; more: photographs; infinite: no number is enough
@@ -68,7 +68,7 @@ def paddock_mean(
     usual = _USUAL_FREEDOM * (paddock["spread_sd"] * scale_g) ** 2
     single = (squares + usual) / (n - len(count_V) + _USUAL_FREEDOM)  # variance of one photograph within its visit
     factor = float(student_t.ppf(0.5 + level / 2, max(paddock["visits"] - 1, 1)))
-    shared_g = paddock["shared_sd"] * scale_g * math.sqrt(float((count_V**2).sum())) / n  # each visit errs on its own
+    shared_g = paddock["shared_sd"] * scale_g * math.sqrt(float((count_V**2).sum())) / n  # visits err independently
     reach = factor * math.sqrt(single / n + shared_g**2) * KG_HA
     room = (wanted / KG_HA / factor) ** 2 - shared_g**2
     more = max(math.ceil(single / room) - n, 0) if room > 0 else math.inf
@@ -78,7 +78,7 @@ def paddock_mean(
 
 # %% ../notebooks/58_field.ipynb #1cb8fa47
 _DIRECTIONS = 32
-_STEADY = 1e-6  # keeps what doesn't vary from being divided by zero
+_STEADY = 1e-6  # avoids a division by zero for constant features
 
 
 def _encode(array: np.ndarray) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _decode(stored: dict[str, Any]) -> np.ndarray:
 
 
 def _places(axes: dict[str, np.ndarray], features_ND: np.ndarray) -> np.ndarray:  # place_NK
-    "Find where photographs lie along the directions, and, as the last number, how far beside them."
+    "Project photographs onto the directions; the last number is the distance beside them."
     scaled_ND = np.clip((features_ND - axes["mean"]) / axes["scale"], -100, 100)
     along_NK = scaled_ND @ axes["directions"].T
     beside_N = np.sqrt(np.maximum((scaled_ND**2).sum(axis=1) - (along_NK**2).sum(axis=1), 0))
@@ -114,9 +114,9 @@ def _nearest(place_NK: np.ndarray, train_MK: np.ndarray) -> np.ndarray:  # dista
 def look_facts(
     features_ND: np.ndarray,  # of the training photographs
     group_N: np.ndarray,  # folds; photographs of a visit are in one
-    share: float = 0.95,  # of left-out training photographs that pass
+    share: float = 0.95,  # of left-out photographs that pass
 ) -> dict[str, Any]:  # for JSON
-    "Describe what training photographs look like to a network. Raises ValueError with fewer than two groups."
+    "Describe training photographs by a network's features. Raises ValueError with fewer than two groups."
     groups = np.unique(group_N)
     if len(groups) < 2:
         raise ValueError("all photographs are of one group: the limit needs some that are left out")
@@ -131,7 +131,7 @@ def look_facts(
 
 # %% ../notebooks/58_field.ipynb #c0bdd306
 def look_distance(
-    facts: dict[str, Any],  # of `look_facts`
+    facts: dict[str, Any],  # from `look_facts`
     features_ND: np.ndarray,  # of photographs, from the same network
 ) -> np.ndarray:  # distance_N; above 1: unlike the training photographs
     "Measure how unlike training photographs are. Raises ValueError for another number of features."
@@ -146,7 +146,7 @@ def look_features(
     model: MassModel,  # a member of the ensemble, on the device of the halves
     halves_B2CHW: torch.Tensor,  # uint8
 ) -> np.ndarray:  # features_BD
-    "Average a network's features over both halves and all places: what it sees of a photograph as a whole."
+    "Average a network's features over both halves and all places."
     features = model.features(halves_B2CHW)
     features = features.movedim(2, -1) if isinstance(model, Dense) else features
     return features.float().flatten(1, -2).mean(dim=1).cpu().numpy()

@@ -21,8 +21,8 @@ def _look_up(
     paths: list[str | Path],
     rows: pd.DataFrame,  # with the column photo
     column: str,
-) -> list[str]:  # empty: not named
-    "Find what a table says of photographs, by their paths or file names."
+) -> list[str]:  # empty: not in the table
+    "Look photographs up in a table, by path or file name."
     named = dict(zip(rows["photo"], rows[column].fillna("").astype(str), strict=True))
     return [named.get(str(path), named.get(Path(path).name, "")) for path in paths]
 
@@ -30,8 +30,8 @@ def _look_up(
 def paddock_names(
     paths: list[str | Path],  # photographs
     table: str | Path = "",  # CSV with the columns photo and paddock; empty: the name of each photograph's folder
-) -> list[str]:  # one a photograph; empty: the table doesn't name it
-    "Find the paddock of each photograph. Raises ValueError for a table that names none of them, or one twice."
+) -> list[str]:  # one per photograph; empty: not in the table
+    "Find each photograph's paddock. Raises ValueError for a table with none of them, or with one twice."
     if not str(table):
         return [Path(path).resolve().parent.name for path in paths]
     rows = read_text_csv(table, ("photo", "paddock"))
@@ -46,10 +46,10 @@ def paddock_names(
 
 # %% ../notebooks/81_paddocks.ipynb #7e32f13b
 def _photo_dates(
-    paths: list[str | Path],  # photographs that the table gives a paddock
+    paths: list[str | Path],  # photographs with a paddock in the table
     table: str | Path,  # as for `paddock_names`
-) -> np.ndarray:  # date_N; all alike where the table has no column date
-    "Find the day of each photograph. Raises ValueError that names photographs without a day."
+) -> np.ndarray:  # date_N; all the same without a column date
+    "Find each photograph's day. Raises ValueError naming photographs without one."
     rows = read_text_csv(table, ("photo", "paddock")) if str(table) else pd.DataFrame()
     if "date" not in rows:
         return np.zeros(len(paths), dtype="datetime64[D]")
@@ -64,13 +64,13 @@ def _photo_dates(
 
 # %% ../notebooks/81_paddocks.ipynb #d47d8f5f
 def paddock_table(
-    result: pd.DataFrame,  # of `predict_photos`
-    field: dict[str, Any] | None,  # of `open_weights`, with the errors of the run
+    result: pd.DataFrame,  # from `predict_photos`
+    field: dict[str, Any] | None,  # from `open_weights`, with the run's errors
     table: str | Path | list[str] = "",  # as for `paddock_names`, perhaps with a column date; or a list of names
-    level: float = 0.9,  # share of the paddocks whose mean shall lie inside
+    level: float = 0.9,  # share of paddocks with their mean inside
     wanted: float = 200.0,  # kg DM/ha to both sides
-) -> pd.DataFrame:  # a row a paddock: photographs, dates, mean, low, high, shared, more; without a prediction; unlike
-    "Estimate the mean of each paddock in kg DM/ha. Raises ValueError for weights that know nothing of their errors."
+) -> pd.DataFrame:  # a row per paddock: photographs, dates, mean, low, high, shared, more, without, unlike
+    "Estimate the mean of each paddock in kg DM/ha. Raises ValueError for weights without error facts."
     if not field:
         raise ValueError("these weights don't know their errors: use an assembled folder or a run, not a single file")
     rows = []

@@ -43,8 +43,8 @@ _PICTURES = {".jpg", ".jpeg", ".png", ".heic", ".heif", ".avif", ".webp", ".tif"
 
 def find_photos(
     photos: str | Path | Iterable[str | Path],  # a folder, a data folder with test.csv, a file, or several of these
-) -> list[Path]:  # each once, in the order given; those of a folder by name
-    "List photographs. Raises FileNotFoundError for a path that is not there, ValueError for none at all."
+) -> list[Path]:  # without duplicates, in order; folders sorted by name
+    "List photographs. Raises FileNotFoundError for a missing path, ValueError for none at all."
     found: list[Path] = []
     for path in [Path(photos)] if isinstance(photos, str | Path) else map(Path, photos):
         if (path / "test.csv").is_file():
@@ -67,7 +67,7 @@ SHAPES = ("refuse", "crop")
 _ORDINARY = 2000, 1000  # pixels of the competition's photographs
 
 
-def _photo_size(path: Path) -> tuple[int, int]:  # width, height, as it is shown; 0, 0: not known
+def _photo_size(path: Path) -> tuple[int, int]:  # width, height as shown; 0, 0: unknown
     "Read the size from the header."
     try:
         with (
@@ -77,28 +77,28 @@ def _photo_size(path: Path) -> tuple[int, int]:  # width, height, as it is shown
             turned = image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return 0, 0  # what reads the whole file says what is wrong
+        return 0, 0  # the error comes when the whole file is read
 
 
 def _check_pixels(path: Path, width: int, height: int) -> None:
-    "Raise ValueError for a huge picture of any format: a small file can hold one."
+    "Raise ValueError for a huge picture, which even a small file can hold."
     if width * height > MAX_PIXELS:
         most = f"at most {MAX_PIXELS // 10**6} megapixels are read; make it smaller first"
         raise ValueError(f"photograph {path} is too large, {width} x {height} pixels: {most}")
 
 # %% ../notebooks/80_photos.ipynb #cb4bf6d1
-_HEIC = b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"  # brands, as they stand in the file
+_HEIC = b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"  # brands in the file
 _REMEDY = "export it as JPEG, or set the iPhone's camera to Formats, Most Compatible"
 
 
-def _brand(path: Path) -> bytes:  # of the family of HEIC, AVIF and films; empty: another format
+def _brand(path: Path) -> bytes:  # HEIC, AVIF or film; empty: another format
     with path.open("rb") as file:
         head = file.read(12)
     return head[8:] if head[4:8] == b"ftyp" else b""
 
 
 def _decode_heic(path: Path, target: Path) -> None:
-    "Copy a HEIC into a PNG. Raises ValueError without pillow-heif, for a huge picture and for a damaged file."
+    "Convert HEIC to PNG. Raises ValueError without pillow-heif, for a huge picture and for a damaged file."
     try:
         import pillow_heif
     except ImportError as error:
@@ -119,7 +119,7 @@ def _decode_heic(path: Path, target: Path) -> None:
 
 # %% ../notebooks/80_photos.ipynb #f73e79f9
 def _cut_out(path: Path, target: Path) -> None:
-    "Turn a portrait by a quarter, and cut the middle of a photograph out. Raises as `check_photo_file` does."
+    "Cut out the middle, of a portrait after a quarter turn. Raises as `check_photo_file` does."
     check_photo_file(path)
     photo_HW3 = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     if photo_HW3 is None or grey_bottom(photo_HW3) >= FLAT_SHARE:
@@ -137,9 +137,9 @@ def _cut_out(path: Path, target: Path) -> None:
 def _prepare_photo(
     path: Path,
     shape: str,  # of SHAPES
-    target: Path,  # for what is copied from a HEIC, or cut out
+    target: Path,  # for a cut or a HEIC's copy
 ) -> tuple[Path, list[str]]:  # the file to predict, flags
-    "Look at format and shape of a photograph, and cut it if asked to. Raises ValueError or OSError that names it."
+    "Check a photograph's format and shape; convert or cut it. Raises ValueError or OSError naming it."
     brand, source = _brand(path) if path.is_file() else b"", path
     if brand == b"avif":
         raise ValueError(f"photograph {path} is an AVIF, which can't be read: {_REMEDY}")
@@ -160,9 +160,9 @@ def _prepare_photo(
 
 # %% ../notebooks/80_photos.ipynb #854cf0ba
 def open_weights(
-    weights: str | Path,  # an assembled folder, a run folder, or one .safetensors with the JSON beside it
-) -> tuple[list[Member], dict[str, Any]]:  # members; views, projection and field, as in a manifest
-    "Find the models and what goes along with them. Raises FileNotFoundError or ValueError that names what is missing."
+    weights: str | Path,  # an assembled folder, a run, or one .safetensors with its JSON
+) -> tuple[list[Member], dict[str, Any]]:  # members; views, projection, field as in a manifest
+    "Find models and their facts. Raises FileNotFoundError or ValueError naming what is missing."
     weights = Path(weights)
     if (weights / "manifest.json").is_file():
         return ensemble_members(weights)
@@ -191,7 +191,7 @@ def open_weights(
 
 # %% ../notebooks/80_photos.ipynb #913478e3
 class _Watch:
-    "Report progress, and keep how unlike training each photograph is."
+    "Report progress, and measure each photograph's distance to training."
 
     def __init__(
         self,
@@ -202,10 +202,10 @@ class _Watch:
         count: int,
     ):
         self.look, self.done, self.device, self.lock = look, done, devices[0], threading.Lock()
-        # the layout in which the ensemble predicts: a model that is shared with it gives the same digits
+        # the ensemble's layout, so a shared model gives the same digits
         self.model = members[0].load().to(self.device, memory_format=torch.channels_last) if look else None
         self.members, self.input, self.distance_N = members, members[0].input, np.full(count, np.nan)
-        if look and [str(each) for each in devices] == ["cpu"]:  # it moves nowhere else: the ensemble has the same one
+        if look and [str(each) for each in devices] == ["cpu"]:  # on the CPU alone, the ensemble uses the same model
             self.members = [dataclasses.replace(members[0], load=lambda: self.model), *members[1:]]
 
     def __call__(self, batch: Any) -> None:
@@ -218,7 +218,7 @@ class _Watch:
 # %% ../notebooks/80_photos.ipynb #7997eba1
 def _result_table(
     mass_N5: np.ndarray,  # grams; NaN: no prediction
-    field: dict[str, Any] | None,  # of the weights
+    field: dict[str, Any] | None,  # from the weights
 ) -> pd.DataFrame:
     "Put masses, their intervals and kg DM/ha into columns."
     table = pd.DataFrame(mass_N5, columns=list(TARGETS))
@@ -232,7 +232,7 @@ def _result_table(
 
 
 def _projected(predicted: Predicted, projection: dict[str, Any] | None) -> np.ndarray:  # mass_N5
-    "Make masses balance as the kernel does; those without a prediction stay NaN."
+    "Make masses balance as the kernel does. Missing predictions stay NaN."
     mass_N5 = predicted.mass_N5.copy()
     good_N = np.isfinite(mass_N5).all(axis=1)
     if projection and good_N.any():
@@ -241,17 +241,15 @@ def _projected(predicted: Predicted, projection: dict[str, Any] | None) -> np.nd
 
 # %% ../notebooks/80_photos.ipynb #02ccf611
 def predict_photos(
-    weights: str | Path | tuple[list[Member], dict[str, Any]],  # as for `open_weights`, or what it returned
+    weights: str | Path | tuple[list[Member], dict[str, Any]],  # as for `open_weights`, or its result
     photos: str | Path | Iterable[str | Path],  # as for `find_photos`
     views: tuple[str, ...] | None = None,  # None: those of the weights
-    shape: str = "refuse",  # or crop: what to do with photographs that are not 2 : 1
+    shape: str = "refuse",  # or crop: for photographs that are not 2 : 1
     progress: bool = False,  # show a bar
-    done: Callable[[int], Any] | None = None,  # called with the number of photographs of each batch that is done
-    scratch: str
-    | Path
-    | None = None,  # folder for what is cut out or copied from a HEIC, ROW.png; None: a temporary one
+    done: Callable[[int], Any] | None = None,  # called with the number of photographs in each finished batch
+    scratch: str | Path | None = None,  # folder for cuts and copies of HEIC, ROW.png; None: temporary
     **options: Any,  # batch_size, devices, amp, workers: as for `predict_ensemble`
-) -> pd.DataFrame:  # path, grams, kg DM/ha, intervals, unlike, flags, problem; a row a photograph
+) -> pd.DataFrame:  # a row per photograph: path, grams, kg DM/ha, intervals, unlike, flags, problem
     "Predict any photographs. Raises ValueError for an unknown shape, and as `find_photos` and `open_weights` do."
     if shape not in SHAPES:
         raise ValueError(f"parameter shape = {shape!r} must be one of {', '.join(SHAPES)}")
@@ -271,7 +269,7 @@ def predict_photos(
         predicted = predict_ensemble(watch.members, list(ready.values()), watch=watch, **options)
     rows, mass_N5, distance_N = list(ready), np.full((len(paths), len(TARGETS)), np.nan), np.full(len(paths), np.nan)
     mass_N5[rows], distance_N[rows] = _projected(predicted, facts["projection"]), watch.distance_N
-    for at, why in predicted.broken.items():  # a photograph is called by its own name, cut or not
+    for at, why in predicted.broken.items():  # reported by its own name, even if cut
         problems[rows[at]] = why.replace(str(ready[rows[at]]), str(paths[rows[at]]))
     for row in np.flatnonzero(distance_N > 1):
         flags[row].append(f"unlike the training photographs ({distance_N[row]:.1f} times the limit)")

@@ -32,9 +32,9 @@ LABELS = {
 
 
 def group_styles(
-    names: Iterable[str],  # States or the like
+    names: Iterable[str],  # such as States
 ) -> dict[str, dict]:  # name -> colour and marker for scatter
-    "Give each name a colour and a marker, the same in all plots of a report."
+    "Give each name a colour and a marker, for all plots of a report."
     names = sorted(set(names))
     return {name: {"color": OKABE_ITO[i % 7], "marker": _MARKERS[i % 7]} for i, name in enumerate(names)}
 
@@ -42,15 +42,15 @@ def group_styles(
 def tidy(
     axis: plt.Axes,
 ) -> None:
-    "Remove the lines at the top and on the right."
+    "Remove the top and right lines."
     axis.spines[["top", "right"]].set_visible(False)
 
 # %% ../notebooks/53_plots.ipynb #db891af0
 def _scatter_panel(
     axis: plt.Axes,
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
     name: str,  # one of TARGETS
-    by: str,  # column that gives colour and marker
+    by: str,  # column for colour and marker
     ends_2N: np.ndarray | None = None,  # low and high ends of prediction intervals, grams
 ) -> None:
     "Draw measured against predicted grams of one mass."
@@ -69,12 +69,12 @@ def _scatter_panel(
 
 
 def plot_scatter(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
     low_N5: np.ndarray | None = None,  # lower ends of prediction intervals, grams
     high_N5: np.ndarray | None = None,  # upper ends
-    by: str = "State",  # column that gives colour and marker
+    by: str = "State",  # column for colour and marker
 ) -> Figure:
-    "Plot measured against predicted grams, one panel a mass. Bars are prediction intervals."
+    "Plot measured against predicted grams, one panel per mass. Bars are prediction intervals."
     figure, axes = plt.subplots(2, 3, figsize=(7.2, 5.0), layout="constrained")
     r2 = pooled_scores(oof)
     for column, (axis, name) in enumerate(zip(axes.flat, TARGETS, strict=False)):
@@ -87,9 +87,9 @@ def plot_scatter(
 
 # %% ../notebooks/53_plots.ipynb #9660302b
 def plot_baselines(
-    table: pd.DataFrame,  # as from `baseline_table`
+    table: pd.DataFrame,  # from `baseline_table`
 ) -> Figure:
-    "Plot scores with their intervals, one line for each prediction, the numbers on the right."
+    "Plot scores with intervals, one line per prediction, and the numbers on the right."
     figure, axis = plt.subplots(figsize=(5.8, 0.7 + 0.32 * len(table)), layout="constrained")
     left = max(-0.5, table[["low", "score"]].min().min() - 0.03)
     for row, (name, line) in enumerate(table.iterrows()):
@@ -114,10 +114,10 @@ def plot_baselines(
 
 # %% ../notebooks/53_plots.ipynb #82b06175
 def plot_curves(
-    curves: dict[Cell, pd.DataFrame],  # as from read_curves
+    curves: dict[Cell, pd.DataFrame],  # from read_curves
     kept: dict[Cell, int],  # epoch of the saved weights
 ) -> Figure:
-    "Plot training loss, validation loss and validation score by epoch, one line for each fold."
+    "Plot training loss, validation loss and score by epoch, one line per fold."
     figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8), layout="constrained")
     panels = {"train/loss": "training loss", "val/loss": "held-out loss", "val/score": "held-out score"}
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
@@ -141,10 +141,10 @@ def plot_curves(
 
 # %% ../notebooks/53_plots.ipynb #efb8c942
 def plot_errors(
-    oof: pd.DataFrame,  # as from with_deciles(read_oof(...))
+    oof: pd.DataFrame,  # from with_deciles(read_oof(...))
     by: str = "State",  # or Sampling_Date, Species, mass decile
 ) -> Figure:
-    "Plot errors of the total, one line for each group; bars are group means. Raises ValueError without the column."
+    "Plot errors of the total, one line per group with its mean. Raises ValueError without the column."
     if by not in oof:
         remedy = ": call with_deciles on the out-of-fold table first" if by == "mass decile" else ""
         raise ValueError(f"no column {by}{remedy}")

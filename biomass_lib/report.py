@@ -59,34 +59,34 @@ class Judged:
     run_dir: Path  # runs/<experiment>
     config: Config  # of params.yaml
     data_dir: Path | None  # the data of the run; None: not on this machine
-    smoke: bool  # a run of seconds, whose numbers mean nothing
-    oof: pd.DataFrame  # as from read_oof: last epochs, means over seeds
-    best: pd.DataFrame | None  # of each fold's best epoch; None: the run has only one of the two
-    epoch: str  # last; best for a run of an early version, which has no last ones
-    seeds: dict[int, float]  # seed -> its score, for seeds that have all folds
+    smoke: bool  # a run of seconds; its numbers mean nothing
+    oof: pd.DataFrame  # from read_oof: last epochs, means over seeds
+    best: pd.DataFrame | None  # of each fold's best epoch; None: not saved
+    epoch: str  # last, or best for an early version, which saved no last ones
+    seeds: dict[int, float]  # seed -> score, for seeds with all folds
     baselines: dict[str, np.ndarray]  # name -> pred_N5 in the order of oof
     ridge: str | None  # the best ridge
     rival: str | None  # the best baseline of all
     delta: tuple[float, float, float]  # score of the model - score of the rival, and the interval
-    table: pd.DataFrame  # as from baseline_table: a row for each prediction, the model first
+    table: pd.DataFrame  # from baseline_table: a row for each prediction, the model first
     level: float  # of the prediction intervals
     low_N5: np.ndarray  # their lower ends, grams
     high_N5: np.ndarray  # their upper ends
-    coverage: pd.DataFrame  # as from coverage_table, by State
-    bias: pd.DataFrame  # as from bias_table
+    coverage: pd.DataFrame  # from coverage_table, by State
+    bias: pd.DataFrame  # from bias_table
     done: dict[Cell, dict]  # fold or refit -> its done.json
-    missing: list[int]  # folds that are not done
-    lacking: list[Cell]  # unfinished cells, also of folds that are done with another seed
+    missing: list[int]  # unfinished folds
+    lacking: list[Cell]  # unfinished cells, including folds finished with another seed
     findings: pd.DataFrame | None  # of the audit; None without data
 
     @property
     def demo(self) -> bool:
-        "Tell whether a program drew the photographs."
+        "Tell whether the photographs were drawn by a program."
         return self.data_dir is not None and (self.data_dir / "demo.json").is_file()
 
     @property
     def kept_best(self) -> bool:
-        "Tell whether weights of best epochs were saved."
+        "Tell whether the best epochs' weights were saved."
         return any(done.get("kept", "best") == "best" for done in self.done.values())
 
     @property
@@ -104,7 +104,7 @@ def _write_baselines(path: Path, image_ids: pd.Series, predictions: dict[str, np
 
 
 def _read_baselines(path: Path, image_ids: pd.Series) -> dict[str, np.ndarray]:
-    "Read the predictions of an earlier report that know all photographs."
+    "Read an earlier report's predictions that cover all photographs."
     if not path.is_file():
         return {}
     table = read_text_csv(path, ("prediction", "image_id", *TARGETS))
@@ -115,10 +115,10 @@ def _read_baselines(path: Path, image_ids: pd.Series) -> dict[str, np.ndarray]:
 
 
 def _baselines_without_data(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
     run_dir: Path,
 ) -> dict[str, np.ndarray]:  # name -> pred_N5
-    "Read the baselines of an earlier report; failing that, compute the means, which need no photographs."
+    "Read an earlier report's baselines, or compute those that need no photographs."
     stored = _read_baselines(run_dir / "baselines.csv", oof["image_id"])
     fold_N, state_N = oof["fold"].to_numpy(), oof["State"].to_numpy(dtype=str)
     if stored or len(set(fold_N)) < 2:
@@ -139,7 +139,7 @@ def _data_of(
     data_dir: str | Path,  # empty: as in the config
     features: str | Path,
 ) -> Path | None:  # None: not here
-    "Find the data of a run. Raises ValueError or FileNotFoundError for parameters that need data which are not there."
+    "Find the data of a run. Raises ValueError or FileNotFoundError for parameters that need missing data."
     data = Path(data_dir or config.data_dir)
     if (data / "train.csv").is_file():
         return data
@@ -160,10 +160,10 @@ _DELTA = ["ahead", "ahead_low", "ahead_high"]  # difference to a baseline and it
 
 def _quoted_and_best(
     run_dir: Path,
-) -> tuple[str, pd.DataFrame, pd.DataFrame | None]:  # last or best, the table to quote, that of the best epochs
+) -> tuple[str, pd.DataFrame, pd.DataFrame | None]:  # last or best, the table to quote, the best epochs' table
     "Read the predictions of the last epochs and those of the best ones."
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of seeds that some folds lack: `list_warnings` names them
+        warnings.simplefilter("ignore", UserWarning)  # about missing seeds: `list_warnings` names them
         try:
             last = read_oof(run_dir, which="last")
         except FileNotFoundError:
@@ -175,9 +175,9 @@ def _quoted_and_best(
 
 # %% ../notebooks/55_report.ipynb #ec22e49e
 def _compare_with_best(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
     others: dict[str, np.ndarray],  # name -> pred_N5
-    table: pd.DataFrame,  # as from baseline_table
+    table: pd.DataFrame,  # from baseline_table
 ) -> tuple[str | None, tuple[float, float, float]]:  # name; difference of the scores, low, high
     "Find the best baseline and the model's difference to it."
     names = [name for name in others if name != "ceiling"]
@@ -194,12 +194,12 @@ def _compare_with_best(
 # %% ../notebooks/55_report.ipynb #231278a7
 def judge_run(
     run_dir: str | Path,  # runs/<experiment> with finished folds
-    data_dir: str | Path = "",  # the data of the run; empty: as in its params.yaml, if they exist
-    features: str | Path = "",  # .npy of frozen features, as biomass_features writes it: one more baseline
-    smoke: bool = False,  # say that the numbers mean nothing
+    data_dir: str | Path = "",  # the data of the run; empty: as in its params.yaml, if present
+    features: str | Path = "",  # .npy from biomass_features: one more baseline
+    smoke: bool = False,  # state that the numbers mean nothing
     level: float = 0.9,  # of the prediction intervals of single photographs
 ) -> Judged:
-    "Compute the results of a report. Raises ValueError or FileNotFoundError that names the parameter, run or file."
+    "Compute the results of a report. Raises ValueError or FileNotFoundError naming the parameter, run or file."
     _check_names(run_dir=run_dir, data_dir=data_dir, features=features)
     run_dir = Path(run_dir)
     config = run_config(run_dir)
@@ -261,7 +261,7 @@ def headline(
 def report_tiles(
     judged: Judged,
 ) -> list[tuple[str, str, str]]:  # label, value, detail; plain text
-    "List the facts that a report shows under its title."
+    "List the facts shown under the title."
     model, oof, (delta, low, high) = judged.table.loc["model"], judged.oof, judged.delta
     averaged = ", averaged weights" * bool(judged.config.ema_decay or judged.config.swa_epochs)
     ends = f"95 % {model['low']:.2f} to {model['high']:.2f}" if np.isfinite(model["low"]) else "too few visits"
@@ -301,7 +301,7 @@ def _describe_seeds(judged: Judged) -> str:
 
 
 def _describe_best(judged: Judged) -> str:
-    "Write a footnote on the best epochs and on how much of their score comes from choosing."
+    "Write a footnote on the best epochs and the gain from choosing them."
     if judged.best is None:
         return ""
     best, last = judged.table.loc[_BEST, "score"], judged.table.loc["model", "score"]
@@ -336,7 +336,7 @@ def describe_scores(
 def _length(
     config: Config,
 ) -> str:
-    "Say how long a training was."
+    "Describe the length of a training."
     if config.model == "frozen_ridge":
         return f"solved on layers {', '.join(config.layers)}"
     return f"trained for {config.stage1_epochs} + {config.stage2_epochs} epochs"
@@ -367,7 +367,7 @@ def describe_run(
 
 # %% ../notebooks/55_report.ipynb #6807e35c
 def _place_warnings(judged: Judged) -> list[str]:
-    "Spell out whether the model beats the baselines."
+    "Write whether the model beats the baselines."
     model, ridge = judged.table.loc["model"], markdown_text(judged.ridge or "")
     if model["note"].startswith("no better") or judged.baselines == {} and model["score"] <= 0:
         return ["the model does not beat the training mean: it has learnt nothing."]
@@ -399,7 +399,7 @@ def _score_warnings(judged: Judged) -> list[str]:
 
 # %% ../notebooks/55_report.ipynb #dd30229e
 def _use_warnings(judged: Judged) -> list[str]:
-    "List where the predictions should not be trusted."
+    "List where not to trust the predictions."
     lines, level = [], judged.level
     for sward, row in judged.bias.iterrows():
         bias_g, measured_g = row["Dry_Total_g_bias"], row["measured_total_g"]
@@ -415,7 +415,7 @@ def _use_warnings(judged: Judged) -> list[str]:
 
 
 def _data_warnings(judged: Judged) -> list[str]:
-    "List missing parts, and say whether the photographs are real."
+    "List missing parts, and whether the photographs are real."
     lines = []
     if judged.missing:
         text = f"folds {', '.join(map(str, judged.missing))} are not done: the score covers "
@@ -440,7 +440,7 @@ def list_warnings(
     return _score_warnings(judged) + _use_warnings(judged) + _data_warnings(judged)
 
 # %% ../notebooks/55_report.ipynb #0fb5446c
-REPORT_KEYS = {  # of report.json, in their order
+REPORT_KEYS = {  # of report.json, in order
     "format": "2; a change of a key's meaning changes it. 1: score was that of the best epochs",
     "experiment": "name of the run",
     "headline": "the number to quote, its interval and the difference to the best baseline, in one line of plain text",
@@ -482,7 +482,7 @@ def _describe_data(judged: Judged) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:  # name -> version
-    "List the versions that a report names."
+    "List the versions for a report."
     versions = {"Python": platform.python_version(), "biomass_lib": biomass_lib.__version__}
     return versions | {module.__name__: module.__version__ for module in (torch, timm, np, pd)}
 
@@ -525,7 +525,7 @@ def _report_values(
 def write_results(
     judged: Judged,
 ) -> None:
-    "Write scores.csv and report.json into the run folder, and baselines.csv when the data are here."
+    "Write scores.csv and report.json into the run folder, and baselines.csv if the data are here."
     if judged.data_dir:
         _write_baselines(judged.run_dir / "baselines.csv", judged.oof["image_id"], judged.baselines)
     write_csv(judged.table.reset_index(), judged.run_dir / "scores.csv")
@@ -541,7 +541,7 @@ def _model_key(model: dict[str, Any]) -> tuple[int, int, int, float]:
 def read_report(
     run_dir: str | Path,  # runs/<experiment>
     models: list[dict[str, Any]],  # weights of this run, each with fold, seed, epoch and score
-) -> tuple[dict[str, Any] | None, str]:  # keys as in REPORT_KEYS; or None, and what is missing
+) -> tuple[dict[str, Any] | None, str]:  # keys as in REPORT_KEYS; or None and the reason
     "Read report.json if it judges these models."
     path = Path(run_dir) / "report.json"
     remedy = "`biomass_report` and then again `biomass_weights`, both with the run folder,"
@@ -577,7 +577,7 @@ _TILES = """<style>
 def tiles_html(
     tiles: list[tuple[str, str, str]],  # label, value, detail; plain text
 ) -> str:
-    "Write facts side by side as HTML, two in a row on a phone."
+    "Lay facts out side by side as HTML, two in a row on a phone."
     parts = [
         f'<div class="tile"><span>{escape(one_line(label))}</span><strong>{escape(one_line(value))}</strong>'
         f"<span>{escape(one_line(detail))}</span></div>"
@@ -588,9 +588,9 @@ def tiles_html(
 # %% ../notebooks/55_report.ipynb #5775d48f
 def show_figure(
     figure: Figure,
-    alt: str,  # what it shows
+    alt: str,  # description
 ) -> None:
-    "Show a figure with words for those who cannot see it, and close it."
+    "Show a figure with a description for people who can't see it, and close it."
     display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)
 
@@ -626,9 +626,9 @@ def show_table(
 
 # %% ../notebooks/55_report.ipynb #c69ee141
 def readable_scores(
-    table: pd.DataFrame,  # as from baseline_table
+    table: pd.DataFrame,  # from baseline_table
 ) -> pd.DataFrame:
-    "Put each interval of the score table into one cell, and leave out the notes."
+    "Put each interval of the score table into one cell; drop the notes."
     frame = table.rename_axis("").reset_index()
     frame.insert(2, "95 %", [f"{row.low:.2f}, {row.high:.2f}" for row in frame.itertuples()])
     if frame[_DELTA[0]].notna().any():
@@ -638,9 +638,9 @@ def readable_scores(
 
 # %% ../notebooks/55_report.ipynb #07b89f24
 def readable_bias(
-    bias: pd.DataFrame,  # as from bias_table
+    bias: pd.DataFrame,  # from bias_table
 ) -> pd.DataFrame:
-    "Write mean error and, in brackets, root mean square error of each mass into one cell."
+    "Put each mass's mean error and, in brackets, root mean square error into one cell."
     frame = bias[["photographs", "measured_total_g"]].rename(columns={"measured_total_g": "measured total"})
     frame = frame.round(1).reset_index()
     for name in TARGETS:
@@ -665,8 +665,8 @@ def fold_ends(
 
 # %% ../notebooks/55_report.ipynb #22129047
 def state_counts(
-    oof: pd.DataFrame,  # as from read_oof
-) -> pd.DataFrame:  # one row a State
+    oof: pd.DataFrame,  # from read_oof
+) -> pd.DataFrame:  # one row per State
     "Count photographs, dates and species of each State, its photographs in each fold, and grams of the total."
     counts = oof.groupby("State").agg(
         photographs=("image_id", "size"),
@@ -706,7 +706,7 @@ def pairs_table(
 
 # %% ../notebooks/55_report.ipynb #ff545fe5
 def rank_photos(
-    oof: pd.DataFrame,  # as from read_oof
+    oof: pd.DataFrame,  # from read_oof
 ) -> pd.DataFrame:  # with the column error
     "Sort photographs by their weighted squared error over all masses, the worst first."
     true_N5, pred_N5 = masses_of(oof)
@@ -714,7 +714,7 @@ def rank_photos(
 
 # %% ../notebooks/55_report.ipynb #f7416746
 def _thumbnail(path: Path) -> np.ndarray:  # image_HW3
-    "Read a photograph at an eighth of its size; where it is gone, an empty frame."
+    "Read a photograph at an eighth of its size, or return an empty frame if it is gone."
     small_HW3 = cv2.imread(str(path), cv2.IMREAD_REDUCED_COLOR_8)
     if small_HW3 is None:
         return np.full((125, 250, 3), 230, dtype=np.uint8)
@@ -723,7 +723,7 @@ def _thumbnail(path: Path) -> np.ndarray:  # image_HW3
 
 def plot_predictions(
     oof: pd.DataFrame,  # three photographs
-    judged: Judged,  # a run whose data are here
+    judged: Judged,  # of a run with its data
     title: str,
 ) -> Figure:
     "Draw photographs with their measured and predicted masses."
@@ -794,7 +794,7 @@ def _is_harmless(
     name: str,  # of an attribute
     value: str,
 ) -> bool:
-    "Tell whether an attribute only sets a look, or the target of a click in the page or on the web."
+    "Tell whether an attribute only sets a look or a link target in the page or on the web."
     if name == "src":
         return tag == "img" and re.match(r"data:image/(png|jpeg);base64,", value) is not None
     if name == "href":
@@ -805,19 +805,19 @@ def _is_harmless(
 def _harmless_html(
     body: str,  # of a page
 ) -> str:
-    """Show tags that no report needs as text, and drop attributes that no report needs.
+    """Show tags as text and drop attributes if no report needs them.
 
     These are scripts, frames, forms, refreshes, events, and links that are code."""
-    from bleach import clean  # nbconvert brings it
+    from bleach import clean  # installed with nbconvert
 
     return clean(body, tags=set(_TAGS.split()), attributes=_is_harmless, protocols={"http", "https", "data"})
 
 # %% ../notebooks/55_report.ipynb #52e936fa
 def html_page(
-    body: str,  # HTML; harmful tags are shown as text
+    body: str,  # HTML; harmful tags become text
     title: str,  # of the browser's tab
-) -> str:  # one file without scripts, which loads nothing
-    "Put a body into the page that all reports share."
+) -> str:  # one file that loads nothing and has no scripts
+    "Wrap a body in the common page of all reports."
     return _PAGE.format(title=escape(one_line(title)), style=PAGE_STYLE, body=_harmless_html(body))
 
 # %% ../notebooks/55_report.ipynb #a23df339
@@ -826,7 +826,7 @@ def write_html(
     html: Path,  # one file, pictures included
     title: str,  # of the browser's tab
 ) -> None:
-    "Write an executed notebook as HTML, without its code and without cells that have the tag `remove`."
+    "Write an executed notebook as HTML, without its code and cells tagged `remove`."
     from nbconvert import HTMLExporter
     from traitlets.config import Config as Options
 
@@ -838,7 +838,7 @@ def write_html(
 
 # %% ../notebooks/55_report.ipynb #bc97df23
 def print_scores(
-    table: pd.DataFrame,  # as from scores.csv
+    table: pd.DataFrame,  # from scores.csv
 ) -> None:
     "Print the score table, notes last."
     columns = [name for name in ("score", "low", "high", *TARGETS) if name in table]

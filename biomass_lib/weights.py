@@ -89,9 +89,9 @@ from .text import markdown_text
 # %% ../notebooks/71_weights.ipynb #a3e433f1
 def _members(
     run_dir: str | Path,  # runs/<experiment>
-    folds: Iterable[int | str] | None = None,  # numbers, or all: the refits; None: every fold, and refits if there are
-    seeds: Iterable[int] | None = None,  # None: all there are
-) -> list[Cell]:  # that are done
+    folds: Iterable[int | str] | None = None,  # numbers, or all: the refits; None: all folds and refits
+    seeds: Iterable[int] | None = None,  # None: all
+) -> list[Cell]:  # the finished ones
     """List the models of an ensemble.
 
     Raises FileNotFoundError without folds.csv, ValueError for folds or refits that are not done or damaged."""
@@ -117,16 +117,16 @@ def _members(
 # %% ../notebooks/71_weights.ipynb #77cc19dc
 def _run_name(
     run_dir: str | Path,  # runs/<experiment>
-) -> str:  # fit for a file name
-    "Return the experiment's name, with letters that files cannot have replaced."
+) -> str:  # usable in a file name
+    "Return the experiment's name, made safe for file names."
     return re.sub(r"[^A-Za-z0-9_.-]", "_", Path(run_dir).resolve().name)
 
 # %% ../notebooks/71_weights.ipynb #ec95a939
 def _describe_members(
     run_dir: Path,  # runs/<experiment>
-    cells: list[Cell],  # as from _members
+    cells: list[Cell],  # from _members
 ) -> str:  # one line
-    "Tell which models of a run are taken."
+    "Describe which models of a run are taken."
     seeds = {cell.seed for cell in cells if not cell.refit}
     lacking = [str(cell) for cell in missing_cells(run_dir) if cell.seed in seeds and len(seeds) > 1]
     text = f"{_run_name(run_dir)}: {len(cells)} networks with equal weights: {', '.join(map(str, cells))}"
@@ -135,9 +135,9 @@ def _describe_members(
 # %% ../notebooks/71_weights.ipynb #be743d93
 def _stored_tensors(
     source: Path,  # weights file
-    half: bool = False,  # tables as float16
+    half: bool = False,  # kernels and matrices as float16
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    "Read tensor by tensor, as it will be stored. Raises ValueError for numbers that do not fit."
+    "Yield each tensor as it will be stored. Raises ValueError for numbers that don't fit into float16."
     with safe_open(source, "pt") as file:
         names = file.keys()
         for name in names:
@@ -151,10 +151,10 @@ def _stored_tensors(
 
 def _weights_bytes(
     source: Path,  # weights file
-    half: bool = False,  # tables as float16
+    half: bool = False,  # kernels and matrices as float16
     without: Collection[str] = (),  # names of tensors to leave out
 ) -> bytes:  # of a weights file
-    "Return the same weights, the spec in the header kept. Raises as `_stored_tensors` does."
+    "Return the same weights with the same header. Raises as `_stored_tensors` does."
     with safe_open(source, "pt") as file:
         header = file.metadata()
     return save({name: t for name, t in _stored_tensors(source, half) if name not in without}, metadata=header)
@@ -163,24 +163,24 @@ def _weights_bytes(
 def half_bytes(
     source: Path,  # weights file
 ) -> bytes:  # of a weights file
-    """Return the same weights with tables of float16, the spec in the header kept.
+    """Return the weights with kernels and matrices as float16; the header keeps the spec.
 
-    Raises ValueError for numbers that do not fit."""
+    Raises ValueError for numbers that don't fit."""
     return _weights_bytes(source, half=True)
 
 # %% ../notebooks/71_weights.ipynb #988761d1
 def _oofs(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
-) -> dict[str, pd.DataFrame]:  # as from read_oof, the mean over the seeds that are taken; of refits alone, over all
-    "Read what the runs predict out of fold. Raises as `read_oof` does."
+) -> dict[str, pd.DataFrame]:  # from read_oof: mean over the chosen seeds, or over all for refits
+    "Read the out-of-fold predictions of the runs. Raises as `read_oof` does."
     seeds = {run_dir: {cell.seed for cell in cells if not cell.refit} for run_dir, cells in runs.items()}
     return {str(run_dir): read_oof(run_dir, seeds=seeds[run_dir] or None) for run_dir in runs}
 
 
 def _run_shares(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
-    how: str = "equal",  # equal, or oof: those with the least out-of-fold error
-) -> list[float]:  # one a run, sum 1
+    how: str = "equal",  # equal, or oof: minimize the out-of-fold error
+) -> list[float]:  # one per run, sum 1
     "Return the share of each run. Raises ValueError for another `how`, and as `same_photographs` does."
     if how not in ("equal", "oof"):
         raise ValueError(f"weights {how!r} must be equal or oof")
@@ -205,7 +205,7 @@ def _projection(
 def _gain_sentence(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models; several
 ) -> str:  # a sentence
-    "Say how much better fitted weights are than equal ones (nested). Raises as `ensemble_table` does."
+    "Report how much better fitted weights are than equal ones (nested). Raises as `ensemble_table` does."
     row = ensemble_table(_oofs(runs)).loc[WEIGHTED]
     gain = f"out-of-fold score {row['score']:.4f}, {row['ahead']:+.4f} against equal weights"
     if not row["ahead_low"] > 0:
@@ -215,7 +215,7 @@ def _gain_sentence(
 # %% ../notebooks/71_weights.ipynb #23ad79f8
 def _model_entry(
     run_dir: Path,  # runs/<experiment>
-    cell: Cell,  # that is done
+    cell: Cell,  # a finished one
     weight: float,  # share in the mean of all models
     half: bool,  # whether the file will be in half precision
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # manifest's entry without size and sha256; weights' JSON
@@ -239,14 +239,14 @@ def _model_entry(
     return entry | {"weight": weight, "dtype": "float16" if half else "float32"}, sidecar
 
 # %% ../notebooks/71_weights.ipynb #dc7dcedd
-_NOT_PUBLISHED = (*MACHINE_PARAMETERS, "backbone_weights")  # mean nothing elsewhere
+_NOT_PUBLISHED = (*MACHINE_PARAMETERS, "backbone_weights")  # meaningless on another computer
 
 
 def _published_params(
     run_dirs: list[Path],  # runs/<experiment>
     weights: list[float],  # of the runs
-) -> tuple[dict[str, Any], dict[str, Any]]:  # what all runs share; run -> its weight and the parameters of its own
-    "Read the parameters of the runs and leave out those that mean nothing elsewhere."
+) -> tuple[dict[str, Any], dict[str, Any]]:  # shared by all runs; run -> its weight and own parameters
+    "Read the parameters of the runs, without those of the training computer."
     all_params = [read_yaml(run_dir / "params.yaml") for run_dir in run_dirs]
     all_params = [{key: value for key, value in p.items() if key not in _NOT_PUBLISHED} for p in all_params]
     shared = {key: value for key, value in all_params[0].items() if all(p.get(key, ...) == value for p in all_params)}
@@ -258,8 +258,8 @@ def _published_params(
 def _origin(
     run_dir: Path,  # runs/<experiment>
     backbone: str,  # timm name, of the models' spec
-) -> dict[str, str | None]:  # backbone, licence: timm's name of it, or unknown; None: trained from random numbers
-    "Say which pretrained backbone a run began with, and under which licence."
+) -> dict[str, str | None]:  # backbone, licence (timm's name, or unknown; None: trained from random numbers)
+    "Return the pretrained backbone a run started from, and its licence."
     import timm
 
     params = {name: getattr(Config, name) for name in ("pretrained", "backbone_weights")}
@@ -272,10 +272,10 @@ def _origin(
 # %% ../notebooks/71_weights.ipynb #22f299e5
 def _weighted_mean(
     sidecars: list[dict[str, Any]],  # JSON of the weights
-    name: str,  # of numbers in it
+    name: str,  # of a list of numbers in it
     weights: list[float],  # of the models
 ) -> list | None:  # None: not all of them have it
-    "Average what each model knows of its training photographs."
+    "Average numbers that each model has of its training photographs."
     values = [sidecar.get(name) for sidecar in sidecars]
     return None if None in values else np.average(values, axis=0, weights=weights).round(4).tolist()
 
@@ -284,7 +284,7 @@ def _seen_views(
     views: tuple[str, ...],
     run_dirs: Iterable[Path],  # runs/<experiment>
 ) -> list[str]:  # the same
-    "Check that all runs were trained with such views. Raises ValueError that names the run, and as `check_views`."
+    "Check that every run was trained with these views. Raises ValueError naming the run, and as `check_views`."
     for run_dir in run_dirs:
         augment = str(read_yaml(run_dir / "params.yaml").get("augment", "reference"))
         for view in check_views(views):
@@ -297,11 +297,11 @@ def _seen_views(
 # %% ../notebooks/71_weights.ipynb #7f3f3bd8
 def _build_manifest(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
-    weights: list[float],  # one a run, above zero, sum 1
+    weights: list[float],  # one per run, above zero, sum 1
     half: bool = False,  # files in half precision
-    projection: dict[str, Any] | None = None,  # as from _projection
-    views: tuple[str, ...] = DEFAULT_VIEWS,  # that the kernel shows to each model
-) -> dict[str, Any]:  # the manifest; size and sha256 of the files are still to come
+    projection: dict[str, Any] | None = None,  # from _projection
+    views: tuple[str, ...] = DEFAULT_VIEWS,  # shown to each model by the kernel
+) -> dict[str, Any]:  # the manifest, still without size and sha256 of the files
     """Describe an ensemble.
 
     Raises ValueError for runs of one name and unknown views, and as `_model_entry` does."""
@@ -332,10 +332,10 @@ def _build_manifest(
 
 # %% ../notebooks/71_weights.ipynb #9dc5dd87
 def _copy_checked(
-    source: Path | bytes,  # a weights file, or what will be in one
+    source: Path | bytes,  # a weights file, or the bytes of one
     target: Path,  # in the weights folder
 ) -> None:
-    "Copy, hash the copy, rename. Raises OSError when the copy differs."
+    "Copy to a temporary file, check its hash, rename. Raises OSError if the copy differs."
     temporary = temporary_path(target, TEMPORARY_FOLDER)
     try:
         if isinstance(source, bytes):
@@ -351,13 +351,13 @@ def _copy_checked(
         temporary.unlink(missing_ok=True)
 
 # %% ../notebooks/71_weights.ipynb #fd0c306a
-_SAVES_BYTES, _SAVES_SHARE = 1_000_000, 0.05  # sharing has to save one or the other
+_SAVES_BYTES, _SAVES_SHARE = 1_000_000, 0.05  # sharing must save one of the two
 
 
 def _find_shared(
-    sources: dict[str, Path],  # name of a file of the dataset -> weights that it is made from
-    half: bool = False,  # whether they will be in half precision
-) -> dict[str, tuple[list[str], list[str]]]:  # name of a shared file -> files that need it, names of its tensors
+    sources: dict[str, Path],  # file of the dataset -> weights it is made from
+    half: bool = False,  # stored in half precision
+) -> dict[str, tuple[list[str], list[str]]]:  # shared file -> files that need it, its tensor names
     "Find the tensors that several models have in common. Raises as `_stored_tensors` does."
     holders, size, total = {}, {}, 0
     for file, source in sources.items():
@@ -381,8 +381,8 @@ def _find_shared(
 # %% ../notebooks/71_weights.ipynb #d5c7bafa
 def _sharing_lines(
     manifest: dict[str, Any],  # with sizes
-) -> list[str]:  # none: nothing is shared
-    "Say which files models share, and how large the weights are without sharing and with it."
+) -> list[str]:  # empty if nothing is shared
+    "List the shared files, and the size of the weights before and after sharing."
     size_of = {facts["file"]: facts["size"] for facts in manifest_files(manifest)}
     wanted = [name for entry in manifest["models"] for name in entry.get("shared", [])]
     lines = [
@@ -398,21 +398,21 @@ def _sharing_lines(
 def _remove_temporary(
     out: Path,  # the weights folder
 ) -> None:
-    "Remove what killed processes of this computer left, also where earlier versions wrote."
+    "Remove temporary files of killed processes, including those of earlier versions."
     for folder in (out, out / TEMPORARY_FOLDER):
         remove_abandoned(folder)
     for old in out.glob(".*.*.tmp"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", old.name):  # an earlier version's, with no process in its name
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", old.name):  # of an earlier version, without a process id
             old.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not there, or somebody is writing right now
+    with contextlib.suppress(OSError):  # missing, or in use by another process
         (out / TEMPORARY_FOLDER).rmdir()
 
 # %% ../notebooks/71_weights.ipynb #f084473f
 def _report_on(
     run_dir: str | Path,  # runs/<experiment>
-    manifest: dict[str, Any],  # of the weights that the run is in
+    manifest: dict[str, Any],  # of the weights, includes the run
 ) -> tuple[dict[str, Any] | None, str]:  # the report, or None and what is missing
-    "Read what biomass_report said about a run, if it is about these weights."
+    "Read the report of a run, if it is about these weights."
     return read_report(run_dir, [entry for entry in manifest["models"] if entry["run"] == _run_name(run_dir)])
 
 # %% ../notebooks/71_weights.ipynb #9b38c562
@@ -420,7 +420,7 @@ def _markdown_table(
     rows: list[dict[str, Any]],  # all with the same keys
     decimals: int = 3,  # of floats
 ) -> str:
-    "Write dictionaries as a Markdown table, names letter by letter; None is a dash."
+    "Write dictionaries as a Markdown table, with names escaped and None as a dash."
 
     def text(value: Any) -> str:
         return "-" if value is None else f"{value:.{decimals}f}" if isinstance(value, float) else markdown_text(value)
@@ -436,16 +436,16 @@ def _markdown_table(
 def _yaml_block(
     params: dict[str, Any],  # names and values
 ) -> str:
-    "Write parameters as they stand in a parameter file."
+    "Write parameters as in a parameter file."
     text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True).rstrip()
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in a name
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in a value
     return f"{fence}yaml\n{text}\n{fence}"
 
 # %% ../notebooks/71_weights.ipynb #b444db46
 def _card_half(
     manifest: dict[str, Any],  # of the weights
 ) -> list[str]:  # lines; none for whole precision
-    "Say how half precision changes the scores."
+    "Write how half precision changes the scores."
     if all(entry["dtype"] == "float32" for entry in manifest["models"]):
         return []
     lines = ["", "The files are in half precision. What that does to the out-of-fold score, without views:", ""]
@@ -482,7 +482,7 @@ def _card_files(
 def _card_post(
     manifest: dict[str, Any],  # of the weights
 ) -> list[str]:  # lines; none without post-processing
-    "Say that the kernel changes finished predictions."
+    "Write that the kernel post-processes the predictions."
     names = ", ".join(map(markdown_text, manifest.get("post", ())))
     return [f"The kernel then applies post-processing ({names}); scores below are without it."] if names else []
 
@@ -490,7 +490,7 @@ def _card_post(
 def _card_adapt(
     manifest: dict[str, Any],  # of the weights
 ) -> list[str]:  # lines; none without adaptation
-    "Say that the kernel mixes in predictions of a student."
+    "Write that the kernel adapts to the test photographs."
     settings = manifest.get("adapt")
     if not settings or settings["method"] == "report":
         return []
@@ -502,7 +502,7 @@ def _card_adapt(
 def _card_training(
     manifest: dict[str, Any],  # of the weights
 ) -> str:
-    "Say what the models were trained on, and which epochs are kept."
+    "Describe the training data, and which epochs are kept."
     all_params = [manifest["params"] | run["params"] for run in manifest["runs"].values()]
     chosen = {params.get("keep", "best") for params in all_params}  # earlier versions kept the best epoch
     refits = sum(entry["fold"] == "all" for entry in manifest["models"])
@@ -547,24 +547,24 @@ def _card_models(
 def _card_coverage(
     coverage: dict[str, Any],  # level and, by State, photographs and shares
 ) -> str:  # Markdown
-    "Write how many of the measured masses lie inside their prediction intervals."
+    "Write the share of measured masses inside their prediction intervals."
     rows = [{"State": name} | row for name, row in coverage["groups"].items()]
     intro = f"Share of measured masses inside the report's {coverage['level']:.0%} prediction intervals, which promise "
     return f"{intro}{coverage['level']:.2f}:\n\n{_markdown_table(rows, decimals=2)}"
 
 # %% ../notebooks/71_weights.ipynb #d056484e
 def _without_tags(
-    text: str,  # Markdown of a report, perhaps of an earlier version, which took names as they are
+    text: str,  # Markdown of a report; earlier versions did not escape names
 ) -> str:
-    "Keep emphasis; show tags and links as they are written."
+    "Escape tags and links, but keep emphasis."
     return " ".join(text.split()).replace("<", "&#60;").replace("[", "&#91;")
 
 
 def _card_scores(
-    report: dict[str, Any] | None,  # as from _report_on
+    report: dict[str, Any] | None,  # from _report_on
     missing: str = "",  # why there is none
 ) -> str:  # Markdown
-    "Say how good the models are, from the report; or what is missing."
+    "Write the scores from the report, or what is missing."
     if report is None:
         text = f"**Not known: {missing}.** The scores of single folds above are no substitute: each compares with the "
         return text + "spread of its own few visits."
@@ -609,10 +609,10 @@ _REFITS = (
 
 
 def _card_limits(
-    report: dict[str, Any] | None,  # as from _report_on
-    refits: bool = False,  # whether some models are
+    report: dict[str, Any] | None,  # from _report_on
+    refits: bool = False,  # some models are refits
 ) -> str:
-    "List where not to trust the models."
+    "List the limits of the models."
     lines = [_REFITS] if refits else []
     lines += [] if report is None else list(map(_without_tags, report["warnings"]))
     if report is not None and report["data"].get("demo"):
@@ -627,7 +627,7 @@ def _card_licence(
     manifest: dict[str, Any],  # of the weights
     out: str | Path,  # the dataset's folder, with dataset-metadata.json
 ) -> str:  # Markdown
-    "Name the licence of the dataset, and of the pretrained weights it comes from."
+    "Name the licences of the dataset and of its pretrained weights."
     try:
         metadata = json.loads((Path(out) / "dataset-metadata.json").read_text(encoding="utf-8"))
         text = f"These weights: {markdown_text(metadata['licenses'][0]['name'])}."
@@ -655,10 +655,10 @@ _USE_SHARED = " To it belong the tensors in the files that `shared` in the manif
 
 def _model_card(
     manifest: dict[str, Any],  # of the weights
-    reports: dict[str, tuple[dict[str, Any] | None, str]],  # run -> as from _report_on
+    reports: dict[str, tuple[dict[str, Any] | None, str]],  # run -> from _report_on
     out: str | Path = "kaggle/weights",  # for the licence
 ) -> str:  # Markdown
-    "Write the model card; the same text for the same runs."
+    "Write the model card. The same runs give the same text."
     many = len(reports) > 1
     refits = any(entry["fold"] == "all" for entry in manifest["models"])
     heads = [f"**{markdown_text(report['headline'])}**\n\n" for report, _ in reports.values() if report]
@@ -682,10 +682,10 @@ def _half_change(
     run_dir: Path,  # runs/<experiment>
     cells: list[Cell],  # its models
     data_dir: str | Path = "",  # with train.csv; empty: the run's own
-) -> dict[str, Any] | None:  # full, half: pooled scores; photographs. None: no photographs are here, or held out
+) -> dict[str, Any] | None:  # pooled scores full and half, photographs; None: no (held-out) photographs here
     """Compare the out-of-fold scores of a run with whole and with halved weights.
 
-    Raises ValueError when the data are not those of the run."""
+    Raises ValueError if the data are not the run's."""
     data_dir = data_dir or read_yaml(run_dir / "params.yaml").get("data_dir", "")
     if not data_dir or not (Path(data_dir) / "train.csv").is_file():
         return None
@@ -719,8 +719,8 @@ def _training_look(
     run_dir: Path,  # runs/<experiment>
     cell: Cell,  # the ensemble's first model
     data_dir: str | Path = "",  # with train.csv; empty: the run's own
-) -> dict[str, Any] | None:  # as from `look_facts`; None: no photographs are here
-    "Describe what the training photographs look like to a model."
+) -> dict[str, Any] | None:  # from `look_facts`; None: no photographs here
+    "Describe the training photographs by a model's features."
     data_dir = Path(data_dir or read_yaml(run_dir / "params.yaml").get("data_dir", ""))
     if not (data_dir / "train.csv").is_file():
         print(f"without the look of the training photographs: {data_dir}/train.csv is not here; give --data-dir")
@@ -742,10 +742,10 @@ def _training_look(
 def _field_facts(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
     shares: list[float],  # of the runs
-    look: bool = False,  # describe the training photographs, too
+    look: bool = False,  # also describe the training photographs
     data_dir: str | Path = "",  # with train.csv; empty: the first run's own
-) -> dict[str, Any] | None:  # errors, look; None: the run is too small to tell
-    "Describe what predictions need far from the run. Prints what is lacking."
+) -> dict[str, Any] | None:  # errors, look; None: the run is too small
+    "Collect what predictions need without the run. Prints what is missing."
     try:
         true_N5, pred_MN5, table = same_photographs(_oofs(runs))
         pred_N5 = np.tensordot(shares, pred_MN5, 1)
@@ -763,7 +763,7 @@ def _field_facts(
 def _earlier_weights(
     out: Path,  # the dataset's folder
 ) -> set[str]:  # names
-    "Return the weights that a sound manifest names and describes truly. Nothing else may be removed."
+    "Return the files that may be removed: weights that a sound manifest describes correctly."
     try:
         entries = manifest_files(parse_manifest(out / "manifest.json"))
     except (OSError, ValueError):
@@ -773,9 +773,9 @@ def _earlier_weights(
 # %% ../notebooks/71_weights.ipynb #a52e4ba9
 def _sources(
     run_dirs: Iterable[Path],  # runs/<experiment>, those of the manifest
-    manifest: dict[str, Any],  # as from _build_manifest
+    manifest: dict[str, Any],  # from _build_manifest
 ) -> dict[str, Path]:  # name of a file of the dataset -> weights of a fold or refit
-    "List where the files come from."
+    "List the source of each file."
     folders, sources = {_run_name(run_dir): run_dir for run_dir in run_dirs}, {}
     for entry in manifest["models"]:
         cell = Cell(ALL if entry["fold"] == "all" else entry["fold"], entry["seed"])
@@ -785,11 +785,11 @@ def _sources(
 
 def _fill_folder(
     out: Path,  # the dataset's folder
-    sources: dict[str, Path],  # as from _sources
-    shared: dict[str, tuple[list[str], list[str]]],  # as from _find_shared
-    manifest: dict[str, Any],  # as from _build_manifest; gains the shared files, and size and sha256 of all
+    sources: dict[str, Path],  # from _sources
+    shared: dict[str, tuple[list[str], list[str]]],  # from _find_shared
+    manifest: dict[str, Any],  # from _build_manifest; gains the shared files, and size and sha256 of all
 ) -> None:
-    "Copy the weights, shared ones first; remove those of an earlier assembly. Raises OSError when a copy differs."
+    "Copy the weights, shared ones first; remove those of an earlier assembly. Raises OSError if a copy differs."
     old_files = _earlier_weights(out)
     if shared:
         manifest |= {"format": SHARED_FORMAT, "shared": []}
@@ -822,10 +822,10 @@ def _check_assembled(
 # %% ../notebooks/71_weights.ipynb #1d2c8356
 def choose_members(
     run_dirs: str | Path | list[str | Path],  # runs/<experiment>, one or several
-    folds: Iterable[int | str] | None = None,  # numbers, or all: the refits; None: every fold, and refits if there are
-    seeds: Iterable[int] | None = None,  # None: all there are
+    folds: Iterable[int | str] | None = None,  # numbers, or all: the refits; None: all folds and refits
+    seeds: Iterable[int] | None = None,  # None: all
 ) -> dict[Path, list[Cell]]:  # run folder -> its models
-    "List the models of an ensemble. Raises FileNotFoundError or ValueError for runs and folds that are not done."
+    "List the models of an ensemble. Raises FileNotFoundError or ValueError for unfinished runs and folds."
     run_dirs = [run_dirs] if isinstance(run_dirs, str | Path) else run_dirs
     return {Path(run_dir): _members(run_dir, folds, seeds) for run_dir in run_dirs}
 
@@ -833,8 +833,8 @@ def choose_members(
 def _add_scores(
     manifest: dict[str, Any],  # changed in place
     runs: dict[Path, list[Cell]],
-    reports: dict[str, tuple],  # run -> of `_report_on`
-    half: bool,  # measure what half precision does
+    reports: dict[str, tuple],  # run -> from `_report_on`
+    half: bool,  # measure the effect of half precision
     data_dir: str | Path,  # for that
 ) -> None:
     "Write the scores of the runs into their manifest entries."
@@ -848,7 +848,7 @@ def _add_scores(
 def _check_after(
     manifest: dict[str, Any],  # with its models, adapt and post
 ) -> None:
-    "Raise ValueError for a switch without its States, and for networks that can't be trained further."
+    "Raise ValueError for a switch that lacks States, and for networks that can't be trained further."
     if "state" in manifest.get("post", ()) and not manifest.get("adapt"):
         raise ValueError(
             "post state needs States, which the adaptation stage predicts: add --adapt report, or more of it"
@@ -872,15 +872,15 @@ def assemble_weights(
     weights: str = "equal",  # equal, or oof: the shares of the runs by their out-of-fold predictions
     half: bool = False,  # files in half precision
     project: bool = False,  # the kernel makes masses balance, by the out-of-fold errors
-    views: tuple[str, ...] = DEFAULT_VIEWS,  # that the kernel shows to each model
-    data_dir: str | Path = "",  # for what half precision does, and for `look`; empty: the run's own, if it is here
-    look: bool = False,  # the manifest tells what training photographs look like, so that others are noticed
-    adapt: dict[str, Any] | None = None,  # what the kernel does after it, as for `adapt_settings`
-    post: Collection[str] = (),  # switches that the kernel applies to its submission, of post.SWITCHES
-) -> dict[str, Any]:  # the manifest that was written
+    views: tuple[str, ...] = DEFAULT_VIEWS,  # shown to each model by the kernel
+    data_dir: str | Path = "",  # photographs for `half` and `look`; empty: the run's own, if present
+    look: bool = False,  # describe the training photographs in the manifest, so that others are noticed
+    adapt: dict[str, Any] | None = None,  # adaptation in the kernel, as for `adapt_settings`
+    post: Collection[str] = (),  # of post.SWITCHES, applied to the submission by the kernel
+) -> dict[str, Any]:  # the written manifest
     """Fill the weights folder: weights, model card, manifest last; then read all of it back.
 
-    Raises ValueError for what Kaggle would refuse, OSError when a copy differs, and as `_build_manifest` does."""
+    Raises ValueError for anything Kaggle would refuse, OSError if a copy differs, and as `_build_manifest` does."""
     out, runs, settings = Path(out), runs if isinstance(runs, dict) else choose_members(runs), adapt_settings(adapt)
     shares = dict(zip(runs, _run_shares(runs, weights), strict=True))
     runs = {run_dir: cells for run_dir, cells in runs.items() if shares[run_dir] > 0}
@@ -910,8 +910,8 @@ def assemble_weights(
 # %% ../notebooks/71_weights.ipynb #3b2f1b4f
 def check_weights(
     root: str | Path = ".",  # in the repository
-) -> list[str]:  # problems; none, too, when there is no manifest
-    "Read the assembled weights through and compare them with their manifest."
+) -> list[str]:  # problems; also empty without a manifest
+    "Compare the assembled weights with their manifest."
     folder = repo_root(root) / "kaggle" / "weights"
     if not (folder / "manifest.json").is_file():
         return []
@@ -923,14 +923,14 @@ def check_weights(
     try:
         return problems + check_licences(read_metadata(folder / "dataset-metadata.json"), manifest)
     except (OSError, ValueError):
-        return problems  # they say it, or what reads the metadata does
+        return problems  # already in problems, or reported by whatever reads the metadata
 
 # %% ../notebooks/71_weights.ipynb #c5592172
 def _before_upload(
     out: Path,  # the dataset's folder
     manifest: dict[str, Any],
 ) -> list[str]:  # lines
-    "List what is to be done before an upload: about licences, or a metadata file that is missing."
+    "List what to fix before an upload: licences, or a missing metadata file."
     try:
         problems = check_licences(read_metadata(out / "dataset-metadata.json"), manifest)
     except (OSError, ValueError) as error:
@@ -942,14 +942,14 @@ def _post_lines(
     runs: dict[Path, list[Cell]],  # runs/<experiment> -> its models
     manifest: dict[str, Any],  # of the weights
 ) -> list[str]:  # none without post-processing
-    "Say what each switch does to the out-of-fold predictions of the ensemble."
+    "Report the effect of each switch on the ensemble's out-of-fold score."
     if not manifest.get("post"):
         return []
     used = {run_dir: cells for run_dir, cells in runs.items() if _run_name(run_dir) in manifest["runs"]}
     shares = [manifest["runs"][_run_name(run_dir)]["weight"] for run_dir in used]
     try:
         true_N5, pred_MN5, first = same_photographs(_oofs(used))
-    except (OSError, ValueError) as error:  # the weights are complete without it
+    except (OSError, ValueError) as error:  # the weights are complete all the same
         return [f"post {', '.join(manifest['post'])}: not compared out of fold: {error}"]
     known = {"state_N": first["State"].to_numpy(dtype=str)}
     table = post_table(true_N5, np.tensordot(shares, pred_MN5, 1), visit_of(first), manifest["post"], **known)
@@ -965,7 +965,7 @@ def _post_lines(
 def _add_adapt_options(
     parser: argparse.ArgumentParser,
 ) -> None:
-    "Let a command have the options of adaptation."
+    "Add the options of adaptation to a command."
     parser.add_argument(
         "--adapt", choices=METHODS, help="the kernel adapts to the test photographs, or reports on them"
     )
@@ -979,7 +979,7 @@ def _add_adapt_options(
 def _adapt_options(
     args: argparse.Namespace,
 ) -> dict[str, Any] | None:  # for `adapt_settings`
-    "Collect what was asked of adaptation. Raises ValueError for what does nothing without a method."
+    "Collect the options of adaptation. Raises ValueError for one that needs a method and has none."
     given = {"method": args.adapt, "share": args.adapt_share, "minutes": args.adapt_minutes}
     given["sure"] = args.adapt_sure
     given = {name: value for name, value in given.items() if value is not None}
@@ -991,7 +991,7 @@ def _adapt_options(
 def _adapt_lines(
     manifest: dict[str, Any],
 ) -> list[str]:  # none without adaptation
-    "Say what adaptation will cost."
+    "Estimate the minutes adaptation will take."
     settings, specs = manifest.get("adapt"), [entry["spec"] for entry in manifest["models"]]
     if not settings:
         return []
