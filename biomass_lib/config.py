@@ -316,7 +316,7 @@ def _conflicts(
     unlearned = c.loss_over == "primary" and c.targets == "five"
     yield "loss_over", unlearned, "all where targets = five, or two of the five masses would never be learned"
     yield "consistency", c.consistency > 0 and c.targets != "five", "0 unless targets = five: others have it built in"
-    beta = c.loss in ("eps", "nll") and c.loss_beta_g != Config.loss_beta_g
+    beta = c.loss != "huber" and c.loss_beta_g != Config.loss_beta_g
     yield "loss_beta_g", beta, f"{Config.loss_beta_g} with loss = {c.loss}, which has no use for it"
     spread = "spread" in c.aux and c.aux_weight > 0
     yield "aux", c.loss == "nll" and not spread, "with spread in it, and aux_weight above 0, where loss = nll"
