@@ -268,7 +268,6 @@ def predict_main(
     is_test_set = len(args.photos) == 1 and (Path(args.photos[0]) / "test.csv").is_file()
     if is_test_set:
         out = args.out or "submission.csv"
-        check_target(out)
         make_submission(args.photos[0], args.weights, out, **options)
         print(f"written: {out}")
     if args.html or args.paddocks or not is_test_set:
