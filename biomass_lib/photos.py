@@ -182,7 +182,7 @@ def _read_spec(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has no spec, which says how to build the network: copy it from the run again")
     return spec
 
-
+# %% ../notebooks/80_photos.ipynb #5bbaa136
 def open_weights(
     weights: str | Path,  # an assembled folder, a run folder, or one .safetensors with the JSON beside it
 ) -> tuple[list[Member], dict[str, Any]]:  # members; views, projection and field, as in a manifest

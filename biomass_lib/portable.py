@@ -89,7 +89,7 @@ def _read_halves(path: Path, facts: dict[str, Any]) -> np.ndarray:  # halves_2CH
     except Exception as error:  # from the decoder, from memory or unforeseen: it concerns one photograph
         raise ValueError(f"photograph {path} cannot be read: {type(error).__name__}: {error}") from error
 
-
+# %% ../notebooks/84_portable.ipynb #7646320d
 def predict_portable(
     model: PortableModel,
     photos: Iterable[str | Path],  # folders and files

@@ -691,7 +691,7 @@ def _planned_photos(
         raise ValueError(f"{data_dir} has no photograph {unknown[0]}, which {run_dir / 'folds.csv'} names")
     return planned, table
 
-
+# %% ../notebooks/71_weights.ipynb #55227d43
 def _half_change(
     run_dir: Path,  # runs/<experiment>
     cells: list[Cell],  # its models
