@@ -131,7 +131,7 @@ def check_weights_metadata(
     problems += _check_list(what, "keywords", metadata.get("keywords", []), *_KEYWORD)
     if not named or names not in [[name] for name in _LICENCES]:
         form = '[{"name": "NAME"}]'
-        problems.append(f"{what}: licenses must be {form} with one of {', '.join(sorted(_LICENCES))}, not {names}")
+        problems.append(f"{what}: licenses must name one of {', '.join(sorted(_LICENCES))}, as {form}, not {names}")
     if "subtitle" in metadata and not 20 <= len(str(metadata["subtitle"])) <= 80:
         problems.append(f"{what}: the subtitle has {len(str(metadata['subtitle']))} letters; 20 to 80 are allowed")
     return problems
