@@ -7,6 +7,7 @@ __all__ = ['choose_pair', 'choose_main']
 
 # %% ../notebooks/64_choose.ipynb #fa702a96
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -117,10 +118,18 @@ def _read_submission(
     path: str | Path,
 ) -> pd.Series:  # sample_id -> grams, sorted by sample_id
     "Read a submission. Raises FileNotFoundError, or ValueError if it is not one."
-    table = pd.read_csv(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: --submission RUN=FILE names a submission.csv")
+    try:
+        table = pd.read_csv(path, dtype={"sample_id": str})
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}") from error
     if list(table.columns) != ["sample_id", "target"] or table["sample_id"].duplicated().any():
         raise ValueError(f"{path} is no submission: it must have the columns sample_id, target, each sample_id once")
-    return table.set_index("sample_id")["target"].sort_index()
+    grams = pd.to_numeric(table["target"], errors="coerce").astype(float)
+    if not np.isfinite(grams).all():
+        raise ValueError(f"{path}: the target of {table['sample_id'][~np.isfinite(grams)].iloc[0]} is not a number")
+    return table.assign(target=grams).set_index("sample_id")["target"].sort_index()
 
 
 def _test_masses(
@@ -161,7 +170,7 @@ def _read_candidate(
     if name in given:
         return oof, _read_submission(given[name])
     files = [Path(given.get(run, Path(run) / "submission.csv")) for run in runs]
-    if not all(path.is_file() for path in files):
+    if not all(path.is_file() for path in files if str(path) not in given.values()):
         return oof, None
     submissions = [_read_submission(path) for path in files]
     if len(runs) > 1:
@@ -183,6 +192,19 @@ def _pairs_given(
     if unknown:
         raise ValueError(f"{what} {unknown[0] or options[0]} is none of {', '.join(names)}: write {what} RUN=VALUE")
     return values
+
+
+def _public_scores(
+    options: list[str],  # RUN=SCORE
+    names: list[str],  # of the candidates
+) -> np.ndarray:  # score_M, NaN: not submitted
+    "Read public scores. Raises ValueError for one that is no number, and as `_pairs_given` does."
+    public = _pairs_given(options, names, "--public")
+    score_M = np.array([pd.to_numeric(public.get(name, 0), errors="coerce") for name in names], dtype=float)
+    for name, score in zip(names, score_M, strict=True):
+        if not np.isfinite(score):
+            raise ValueError(f"--public {name}={public[name]}: {public[name]!r} is not a score such as 0.61")
+    return np.array([score if name in public else np.nan for name, score in zip(names, score_M, strict=True)])
 
 
 def _verdict(
@@ -217,8 +239,9 @@ def choose_main(
     names = list(dict.fromkeys(args.runs))
     members = [part for name in names for part in name.split("+")]
     given = _pairs_given(args.submission, [*names, *members], "--submission")
-    public = _pairs_given(args.public, names, "--public")
-    public_M = np.array([float(public.get(name, "nan")) for name in names])
+    public_M = _public_scores(args.public, names)
+    if not 0 < args.sd < math.inf:
+        raise ValueError(f"--sd {args.sd} must be above 0: how far a public score may be off")
     read = {name: _read_candidate(name, given) for name in names}
     true_N5, pred_MN5, first = same_photographs({name: oof for name, (oof, _) in read.items()})
     lacking = [name for name, (_, submission) in read.items() if submission is None]

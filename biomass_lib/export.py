@@ -22,7 +22,7 @@ from torch import nn
 
 from .command import command, user_path
 from .field import KG_HA
-from .files import replace_atomically, temporary_path
+from .files import check_target, replace_atomically, temporary_path
 from .photos import open_weights
 from .portable import METADATA_KEY, PORTABLE_FORMAT, PortableModel
 from .predict import Member, apply_view, check_views
@@ -142,7 +142,10 @@ def export_onnx(
         raise ImportError(
             "an export needs onnx, onnxruntime and onnxscript: pip install 'biomass_lib[onnx]'"
         ) from error
+    check_target(path)
     every, facts = open_weights(weights)
+    if not 0 <= members <= len(every):
+        raise ValueError(f"parameter members = {members}: {weights} has {len(every)} models, so from 1 to {len(every)}")
     chosen, shown = every[: members or None], check_views(facts["views"] if views is None else views)
     written = _portable_facts(weights, chosen, facts, shown)
     network = _Ensemble(chosen, shown, facts["projection"]).eval()

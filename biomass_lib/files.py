@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Content', 'host_name', 'temporary_path', 'is_alive', 'remove_abandoned', 'sync_folder', 'replace_atomically',
-           'write_file', 'write_csv', 'write_json', 'read_json', 'file_sha256', 'file_facts', 'file_damage']
+           'write_file', 'check_target', 'write_csv', 'write_json', 'read_json', 'file_sha256', 'file_facts',
+           'file_damage']
 
 # %% ../notebooks/01_files.ipynb #2b36d4ca
 import contextlib
@@ -147,6 +148,20 @@ def write_file(
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+# %% ../notebooks/01_files.ipynb #61d69fe8
+def check_target(
+    path: str | Path,  # to be written later; its folder is made if needed
+) -> None:
+    "Check that a file can be written there. Raises OSError that names the path."
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, not a file to write", str(path))
+    try:
+        temporary = temporary_path(path)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot be written, {error.strerror}", str(path)) from error
 
 # %% ../notebooks/01_files.ipynb #3c053cc3
 def write_csv(

@@ -143,7 +143,7 @@ def read_photo(
     data = Path(path).read_bytes()
     kind = next((kind for kind, (first, _) in _ENDINGS.items() if data.startswith(first)), "")
     if not kind:
-        raise ValueError(f"photograph {path} cannot be decoded: it is neither a JPEG nor a PNG; fetch it again")
+        raise ValueError(f"photograph {path} cannot be decoded: it is neither a JPEG nor a PNG; export it as JPEG")
     is_jpeg = kind == "JPEG"
     start = jpeg_header(io.BytesIO(data))[0] if is_jpeg else len(data)
     if data.find(_HOLE, start, data.find(_ENDINGS["JPEG"][1], start)) >= 0:  # only within the picture

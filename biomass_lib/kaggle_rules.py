@@ -124,12 +124,14 @@ def check_weights_metadata(
     "Check keys, address, title and subtitle, and that there is exactly one licence from Kaggle's list."
     what = "dataset-metadata.json"
     licences = metadata.get("licenses", [])
-    names = [each.get("name") for each in licences] if all(isinstance(each, dict) for each in licences) else licences
+    named = isinstance(licences, list) and all(isinstance(each, dict) for each in licences)
+    names = [each.get("name") for each in licences] if named else licences
     problems = _check_address(what, metadata, 6)
     problems += _check_keys(what, metadata, _DATASET_KEYS, ("id", "title", "subtitle", "description"))
     problems += _check_list(what, "keywords", metadata.get("keywords", []), *_KEYWORD)
-    if names not in [[name] for name in _LICENCES]:
-        problems.append(f"{what}: licenses must name one of {', '.join(sorted(_LICENCES))}, not {names}")
+    if not named or names not in [[name] for name in _LICENCES]:
+        form = '[{"name": "NAME"}]'
+        problems.append(f"{what}: licenses must name one of {', '.join(sorted(_LICENCES))}, as {form}, not {names}")
     if "subtitle" in metadata and not 20 <= len(str(metadata["subtitle"])) <= 80:
         problems.append(f"{what}: the subtitle has {len(str(metadata['subtitle']))} letters; 20 to 80 are allowed")
     return problems
@@ -304,8 +306,10 @@ def fill_user(
         path = repo_root(root) / "kaggle" / name
         if name.startswith("training") and not path.is_file():
             continue  # users with their own GPUs may have removed it
+        owner, slash, _ = str(read_metadata(path).get("id")).partition("/")
+        if not slash or not owner:
+            raise ValueError(f"{path} has no id of the form owner/slug: git checkout brings the one we ship back")
         text = path.read_text(encoding="utf-8")
-        owner = json.loads(text)["id"].split("/")[0]
         write_file(path, text.replace(f'"{owner}/', f'"{user}/'))
 
 # %% ../notebooks/70_kaggle_rules.ipynb #f3be7a3b

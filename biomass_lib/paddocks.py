@@ -7,6 +7,7 @@ __all__ = ['paddock_names', 'paddock_table']
 
 # %% ../notebooks/81_paddocks.ipynb #0ff8774c
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,63 @@ from .field import paddock_mean
 from .tables import join_names, read_text_csv
 
 # %% ../notebooks/81_paddocks.ipynb #927c1411
+def _read_paddocks(
+    table: str | Path,  # CSV
+) -> pd.DataFrame:  # photo, paddock and perhaps more, without blanks around
+    "Read the table of paddocks. Raises FileNotFoundError or ValueError that names it."
+    if not Path(table).is_file():
+        raise FileNotFoundError(f"{table} does not exist: a CSV with the columns photo and paddock, or `folders`")
+    rows = read_text_csv(table, ("photo", "paddock"))
+    return rows.apply(lambda cells: cells.fillna("").str.strip())
+
+
 def _look_up(
     paths: list[str | Path],
-    rows: pd.DataFrame,  # with the column photo
+    rows: pd.DataFrame,  # of `_read_paddocks`
     column: str,
-) -> list[str]:  # empty: not in the table
-    "Look photographs up in a table, by path or file name."
-    named = dict(zip(rows["photo"], rows[column].fillna("").astype(str), strict=True))
+) -> list[str]:  # empty: not named
+    "Find what a table says of photographs, by their paths or file names."
+    named = dict(zip(rows["photo"], rows[column], strict=True))
     return [named.get(str(path), named.get(Path(path).name, "")) for path in paths]
+
+
+def _folder_names(paths: list[str | Path]) -> list[str]:  # with as much of the path as tells folders of one name apart
+    homes = [Path(os.path.abspath(path)).parent for path in paths]
+    names = {}
+    for home in set(homes):
+        alike, depth = [other for other in set(homes) - {home} if other.name == home.name], 1
+        while any(other.parts[-depth:] == home.parts[-depth:] for other in alike):
+            depth += 1
+        names[home] = "/".join(home.parts[-depth:])
+    return [names[home] for home in homes]
+
+# %% ../notebooks/81_paddocks.ipynb #ab8cb411
+def _check_unique(
+    paths: list[str | Path],
+    rows: pd.DataFrame,  # of `_read_paddocks`
+    table: str | Path,  # for the message
+) -> None:
+    "Raise ValueError for a photograph that is named twice, and for a file name that several photographs have."
+    doubled = rows["photo"][rows["photo"].duplicated()]
+    if len(doubled):
+        raise ValueError(f"{table}: photographs named more than once: {join_names(doubled.unique())}")
+    named = set(rows["photo"])
+    by_name = pd.Series([Path(path).name for path in paths if str(path) not in named], dtype=object)
+    shared = sorted(set(by_name[by_name.duplicated()]) & named)
+    if shared:
+        first = next(str(path) for path in paths if Path(path).name == shared[0])
+        raise ValueError(f"{table}: several photographs are called {join_names(shared)}: write paths, such as {first}")
 
 
 def paddock_names(
     paths: list[str | Path],  # photographs
     table: str | Path = "",  # CSV with the columns photo and paddock; empty: the name of each photograph's folder
-) -> list[str]:  # one per photograph; empty: not in the table
-    "Find each photograph's paddock. Raises ValueError for a table with none of them, or with one twice."
+) -> list[str]:  # one a photograph; empty: the table doesn't name it
+    "Find the paddock of each photograph. Raises ValueError for a table that names none, one twice, or two as one."
     if not str(table):
-        return [Path(path).resolve().parent.name for path in paths]
-    rows = read_text_csv(table, ("photo", "paddock"))
-    doubled = rows["photo"][rows["photo"].duplicated()]
-    if len(doubled):
-        raise ValueError(f"{table}: photographs named more than once: {join_names(doubled.unique())}")
+        return _folder_names(paths)
+    rows = _read_paddocks(table)
+    _check_unique(paths, rows, table)
     paddocks = _look_up(paths, rows, "paddock")
     if not any(paddocks):
         example = f"column photo holds file names, such as {Path(paths[0]).name}"
@@ -45,16 +82,22 @@ def paddock_names(
     return paddocks
 
 # %% ../notebooks/81_paddocks.ipynb #7e32f13b
+def _local_day(text: str) -> pd.Timestamp:  # NaT: none
+    "Read a day where the photograph was taken, whatever its time zone."
+    day = pd.to_datetime(pd.Series([text], dtype=object), format="mixed", errors="coerce")[0]
+    return day if pd.isna(day) else day.tz_localize(None)
+
+
 def _photo_dates(
     paths: list[str | Path],  # photographs with a paddock in the table
     table: str | Path,  # as for `paddock_names`
-) -> np.ndarray:  # date_N; all the same without a column date
-    "Find each photograph's day. Raises ValueError naming photographs without one."
-    rows = read_text_csv(table, ("photo", "paddock")) if str(table) else pd.DataFrame()
+) -> np.ndarray:  # date_N; all alike where the table has no column date
+    "Find the day of each photograph. Raises ValueError that names photographs without a day."
+    rows = _read_paddocks(table) if str(table) else pd.DataFrame()
     if "date" not in rows:
         return np.zeros(len(paths), dtype="datetime64[D]")
     said = pd.Series(_look_up(paths, rows, "date"), dtype=object)
-    date_N = pd.to_datetime(said, format="mixed", errors="coerce")
+    date_N = pd.Series([_local_day(text) for text in said], dtype="datetime64[s]")
     wrong = [
         f"{Path(path).name} {text!r}" for path, text, date in zip(paths, said, date_N, strict=True) if pd.isna(date)
     ]

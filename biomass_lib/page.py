@@ -21,13 +21,13 @@ import pandas as pd
 import torch
 
 from .command import command, user_path
-from .files import write_csv, write_file
+from .files import check_target, write_csv, write_file
 from .images import load_halves
 from .models import Dense
 from .paddocks import paddock_table
-from .photos import SHAPES, open_weights, predict_photos
+from .photos import SHAPES, find_photos, open_weights, predict_photos
 from .plots import LABELS
-from .predict import VIEWS
+from .predict import VIEWS, Member
 from .report import html_page, tiles_html
 from .submit import make_submission
 from .targets import TARGETS
@@ -213,28 +213,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../notebooks/82_page.ipynb #2fb4a6a4
-def _density_model(weights: str) -> Dense | None:
+def _density_model(members: list[Member]) -> Dense | None:
     "Load models until one draws densities, if any does."
-    models = (member.load() for member in open_weights(weights)[0])
+    models = (member.load() for member in members)
     return next((model for model in models if isinstance(model, Dense)), None)
+
+
+def _paddock_source(args: argparse.Namespace) -> str:  # for `paddock_table`
+    return "" if args.paddocks == "folders" else args.paddocks
+
+
+def _check_before(args: argparse.Namespace, field: dict[str, Any] | None) -> None:
+    "Find mistakes that would cost the predictions. Raises ValueError or OSError."
+    for path in filter(None, (args.out, args.html)):
+        check_target(path)
+    if args.paddocks:
+        paths = [str(path) for path in find_photos(args.photos)]
+        paddock_table(pd.DataFrame({"path": paths, "Dry_Total_g": np.nan}), field, _paddock_source(args))
 
 
 def _predict_folder(args: argparse.Namespace, options: dict[str, Any], scratch: str, is_test_set: bool) -> None:
     "Predict photographs, and write what was asked for. Raises ValueError when nothing can be predicted."
-    result = predict_photos(args.weights, args.photos, shape=args.shape, progress=True, scratch=scratch, **options)
+    opened = open_weights(args.weights)
+    field, paddocks = opened[1].get("field"), None
+    _check_before(args, field)
+    result = predict_photos(opened, args.photos, shape=args.shape, progress=True, scratch=scratch, **options)
     if (result["problem"] != "").all():
         raise ValueError("no photograph could be predicted:\n" + "\n".join(result["problem"][:20]))
-    field, paddocks = open_weights(args.weights)[1].get("field"), None
-    if args.paddocks:
-        paddocks = paddock_table(result, field, "" if args.paddocks == "folders" else args.paddocks)
-        print(paddocks.round(0).to_string(index=False))
     if args.out and not is_test_set:
         write_csv(result, args.out)
-    elif not is_test_set:
+    if args.paddocks:
+        paddocks = paddock_table(result, field, _paddock_source(args))
+        print(paddocks.round(0).to_string(index=False))
+    if not args.out and not is_test_set:
         print(result[["path", *TARGETS, "total_kg_ha", "flags"]].round(1).to_string(index=False))
     if args.html:
         level = field["errors"]["level"] if field else None
-        write_file(args.html, field_page(result, paddocks, _density_model(args.weights), level, scratch))
+        write_file(args.html, field_page(result, paddocks, _density_model(opened[0]), level, scratch))
     for problem in result["problem"][result["problem"] != ""]:
         print(f"not predicted: {one_line(problem)}")
     for path in filter(None, ("" if is_test_set else args.out, args.html)):
@@ -255,6 +270,6 @@ def predict_main(
         out = args.out or "submission.csv"
         make_submission(args.photos[0], args.weights, out, **options)
         print(f"written: {out}")
-    if args.html or not is_test_set:
+    if args.html or args.paddocks or not is_test_set:
         with tempfile.TemporaryDirectory() as scratch:
             _predict_folder(args, options, scratch, is_test_set)

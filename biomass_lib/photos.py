@@ -7,7 +7,6 @@ __all__ = ['SHAPES', 'find_photos', 'open_weights', 'predict_photos']
 
 # %% ../notebooks/80_photos.ipynb #0582d7ab
 import dataclasses
-import json
 import tempfile
 import threading
 import warnings
@@ -28,7 +27,7 @@ from .config import run_config
 from .device import pick_devices
 from .evaluate import finished_cells, read_oof
 from .field import error_facts, look_distance, look_features
-from .files import write_file
+from .files import read_json, write_file
 from .images import FLAT_SHARE, MAX_PIXELS, check_photo_file, grey_bottom
 from .intervals import half_widths
 from .models import load_model
@@ -51,7 +50,8 @@ def find_photos(
             found += [path / name for name in read_test(path)["image_path"].unique()]
         elif path.is_dir():
             below = sorted(each for each in path.rglob("*") if each.suffix.lower() in _PICTURES)
-            found += [each for each in below if each.is_file() and not each.name.startswith(".")]
+            hidden = [any(part.startswith(".") for part in each.relative_to(path).parts) for each in below]
+            found += [each for each, is_hidden in zip(below, hidden, strict=True) if each.is_file() and not is_hidden]
         elif path.exists():
             found.append(path)
         else:
@@ -124,6 +124,8 @@ def _cut_out(path: Path, target: Path) -> None:
     photo_HW3 = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     if photo_HW3 is None or grey_bottom(photo_HW3) >= FLAT_SHARE:
         raise ValueError(f"photograph {path} cannot be decoded: it is damaged; fetch it again")
+    if max(photo_HW3.shape[:2]) < 2:
+        raise ValueError(f"photograph {path} is a single pixel: there is nothing to cut out; leave it out")
     if photo_HW3.shape[0] > photo_HW3.shape[1]:
         photo_HW3 = np.rot90(photo_HW3)
     height, width = photo_HW3.shape[:2]
@@ -159,10 +161,32 @@ def _prepare_photo(
     return target, [f"not 2 : 1, {turned}cut from {width} x {height}", *flags]
 
 # %% ../notebooks/80_photos.ipynb #854cf0ba
+def _run_field(run_dir: Path) -> dict[str, Any] | None:  # as in a manifest; None: the run is too small to tell
+    "Describe the errors of a run. Prints why it can't. Raises as `read_oof` does for damaged tables."
+    if all(cell.refit for cell in finished_cells(run_dir)):
+        print("without prediction intervals: refits hold no photographs out")
+        return None
+    oof = read_oof(run_dir)
+    try:
+        return {"errors": error_facts(oof), "look": None}
+    except ValueError as error:
+        print(f"without prediction intervals: {error}")
+        return None
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    "Read how a network is built. Raises ValueError that names the file."
+    sidecar = read_json(path)
+    spec = sidecar.get("spec") if isinstance(sidecar, dict) else None
+    if not isinstance(spec, dict) or {"img_size", "clean"} - spec.keys():
+        raise ValueError(f"{path} has no spec, which says how to build the network: copy it from the run again")
+    return spec
+
+# %% ../notebooks/80_photos.ipynb #5bbaa136
 def open_weights(
-    weights: str | Path,  # an assembled folder, a run, or one .safetensors with its JSON
-) -> tuple[list[Member], dict[str, Any]]:  # members; views, projection, field as in a manifest
-    "Find models and their facts. Raises FileNotFoundError or ValueError naming what is missing."
+    weights: str | Path,  # an assembled folder, a run folder, or one .safetensors with the JSON beside it
+) -> tuple[list[Member], dict[str, Any]]:  # members; views, projection and field, as in a manifest
+    "Find the models and what goes along with them. Raises FileNotFoundError or ValueError that names what is missing."
     weights = Path(weights)
     if (weights / "manifest.json").is_file():
         return ensemble_members(weights)
@@ -174,7 +198,7 @@ def open_weights(
         files = [place / "weights.safetensors" for place in finished_cells(weights).values()]
         if not files:
             raise FileNotFoundError(f"{weights} has no finished fold: `biomass_folds` trains them")
-        facts["field"] = {"errors": error_facts(read_oof(weights)), "look": None}
+        facts["field"] = _run_field(weights)
     else:
         raise FileNotFoundError(
             f"{weights} holds no weights: give a folder that `biomass_weights` made, runs/NAME, or a .safetensors file"
@@ -185,8 +209,9 @@ def open_weights(
             raise FileNotFoundError(
                 f"{path.with_suffix('.json')} is missing: it says how to build the network of {path.name}"
             )
-        spec = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["spec"]
-        members.append(Member(path.name, partial(load_model, path, spec), input_of(spec), 1.0, path.stat().st_size))
+        spec = _read_spec(path.with_suffix(".json"))
+        name = str(path.relative_to(weights)) if weights.is_dir() else path.name
+        members.append(Member(name, partial(load_model, path, spec), input_of(spec), 1.0, path.stat().st_size))
     return members, facts
 
 # %% ../notebooks/80_photos.ipynb #913478e3

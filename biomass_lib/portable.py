@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .command import command, user_path
-from .files import write_csv
+from .files import check_target, write_csv
 from .images import load_halves
 
 # %% ../notebooks/84_portable.ipynb #9abbf188
@@ -40,6 +40,8 @@ class PortableModel:
             raise ImportError("an .onnx file needs the package onnxruntime: pip install onnxruntime") from error
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist: biomass_export WEIGHTS {path} writes it")
+        if threads < 0:
+            raise ValueError(f"parameter threads = {threads} must be at least 0")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads or os.cpu_count() or 1, 3  # errors only
         try:
@@ -59,6 +61,9 @@ class PortableModel:
         return self.session.run(["masses"], {"halves": halves_B2CHW})[0]
 
 # %% ../notebooks/84_portable.ipynb #02e8f8ab
+_PICTURES = {".jpg", ".jpeg", ".png", ".heic", ".heif", ".avif", ".webp", ".tif", ".tiff"}  # some only to be named
+
+
 def _photo_files(
     photos: Iterable[str | Path],  # folders and files
 ) -> list[Path]:
@@ -67,30 +72,46 @@ def _photo_files(
     for path in map(Path, photos):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give a folder of photographs, or photographs")
-        below = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found += [each for each in below if each == path or each.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        below = sorted(each for each in path.rglob("*") if each.suffix.lower() in _PICTURES and each.is_file())
+        shown = [each for each in below if not any(part.startswith(".") for part in each.relative_to(path).parts)]
+        found += shown if path.is_dir() else [path]
     if not found:
-        raise ValueError("no photographs there: files that end in .jpg, .jpeg or .png are looked for")
+        raise ValueError(f"no photographs there: files that end in {', '.join(sorted(_PICTURES))} are looked for")
     return list(dict.fromkeys(found))
 
 
+def _read_halves(path: Path, facts: dict[str, Any]) -> np.ndarray:  # halves_2CHW
+    "Read a photograph. Raises OSError or ValueError that names it."
+    try:
+        return load_halves(path, facts["img_size"], facts["clean"]).transpose(0, 3, 1, 2)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # from the decoder, from memory or unforeseen: it concerns one photograph
+        raise ValueError(f"photograph {path} cannot be read: {type(error).__name__}: {error}") from error
+
+# %% ../notebooks/84_portable.ipynb #7646320d
 def predict_portable(
     model: PortableModel,
     photos: Iterable[str | Path],  # folders and files
-    batch_size: int = 4,  # photographs a batch
+    batch_size: int = 4,  # photographs at a time
 ) -> pd.DataFrame:  # path, grams, kg DM/ha, intervals, problem; a row a photograph
-    "Predict photographs without PyTorch. Raises as `_photo_files` does."
+    "Predict photographs without PyTorch. Raises ValueError for empty batches, and as `_photo_files` does."
+    if batch_size < 1:
+        raise ValueError(f"parameter batch_size = {batch_size} must be at least 1")
     paths, facts = _photo_files(photos), model.facts
     names, mass_N5, problems = facts["masses"], np.full((len(paths), 5), np.nan), [""] * len(paths)
     for first in range(0, len(paths), batch_size):
         halves = {}
         for row in range(first, min(first + batch_size, len(paths))):
             try:
-                halves[row] = load_halves(paths[row], facts["img_size"], facts["clean"]).transpose(0, 3, 1, 2)
+                halves[row] = _read_halves(paths[row], facts)
             except (OSError, ValueError) as error:
                 problems[row] = str(error)
         if halves:
             mass_N5[list(halves)] = model(np.ascontiguousarray(np.stack([*halves.values()])))
+        for row in halves:
+            if not np.isfinite(mass_N5[row]).all():
+                mass_N5[row], problems[row] = np.nan, f"{paths[row]}: the prediction is not a finite number"
     table = pd.DataFrame({"path": [str(path) for path in paths]} | dict(zip(names, mass_N5.T, strict=True)))
     table["total_kg_ha"] = mass_N5[:, -1] * facts["kg_ha_per_g"]
     if errors := facts["errors"]:
@@ -114,6 +135,8 @@ def portable_main(
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: one a core)")
     args = parser.parse_args(argv)
     model = PortableModel(args.model, args.threads)
+    if args.out:
+        check_target(args.out)
     result = predict_portable(model, args.photos, args.batch_size)
     if (result["problem"] != "").all():
         raise ValueError("no photograph could be predicted:\n" + "\n".join(result["problem"][:20]))

@@ -127,6 +127,13 @@ def _stack_batch(
     return _PhotoBatch(list(photos), halves, broken)
 
 # %% ../notebooks/40_predict.ipynb #563e6b40
+def _check_counts(batch_size: int, workers: int) -> None:
+    "Raise ValueError for batches without photographs, which would predict nothing, and for fewer than no threads."
+    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if value < least:
+            raise ValueError(f"parameter {name} = {value} must be at least {least}")
+
+
 def photo_batches(
     paths: list[str | Path],  # photographs
     inputs: tuple[tuple[int, str], ...],  # distinct (img_size, clean) of the models
@@ -558,6 +565,7 @@ def predict_ensemble(
     Raises ValueError for no members, an unknown view, or more than `max_broken` faults, naming the photographs."""
     if not members or not all(member.weight > 0 for member in members):
         raise ValueError(f"nothing to average: {len(members)} models; each must have a weight above zero")
+    _check_counts(batch_size, workers)
     devices = pick_devices() if devices is None else [torch.device(device) for device in devices]
     cpu = torch.device("cpu")
     keep = _fits(members, devices) if keep is None else keep

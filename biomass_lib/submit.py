@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from .files import file_sha256, replace_atomically, temporary_path, write_csv
+from .files import check_target, file_sha256, replace_atomically, temporary_path, write_csv
 from .images import missing_hint
 from .models import CLASSES, load_model
 from .predict import Member, Predicted, check_views, input_of, predict_ensemble
@@ -585,6 +585,7 @@ def make_submission(
     **options: Any,  # views, project, deadline, batch_size, devices, amp, workers, keep: as for `predict_with_weights`
 ) -> pd.DataFrame:  # sample_id, target (grams), in the order of test.csv
     "Predict the test photographs and write the submission. Raises as its steps do, naming the file."
+    check_target(out)
     test = read_test(data_dir)
     _check_sample(data_dir, test)
     images = test.drop_duplicates("image_id")

@@ -82,7 +82,7 @@ from biomass_lib.submit import (
     parse_manifest,
     read_manifest,
 )
-from .tables import read_train
+from .tables import check_photos, read_train
 from .targets import TARGETS, weighted_r2
 from .text import markdown_text
 
@@ -678,22 +678,32 @@ def _model_card(
     return f"{title}\n\n{''.join(heads)}Written by `biomass_weights`; edits are lost.\n\n{body}\n"
 
 # %% ../notebooks/71_weights.ipynb #d0a75393
-def _half_change(
+def _planned_photos(
     run_dir: Path,  # runs/<experiment>
-    cells: list[Cell],  # its models
-    data_dir: str | Path = "",  # with train.csv; empty: the run's own
-) -> dict[str, Any] | None:  # pooled scores full and half, photographs; None: no (held-out) photographs here
-    """Compare the out-of-fold scores of a run with whole and with halved weights.
-
-    Raises ValueError if the data are not the run's."""
-    data_dir = data_dir or read_yaml(run_dir / "params.yaml").get("data_dir", "")
-    if not data_dir or not (Path(data_dir) / "train.csv").is_file():
-        return None
-    table = read_train(data_dir).set_index("image_id")
+    data_dir: str | Path,  # with train.csv
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # folds.csv; as from read_train, image_id as index
+    "Read the run's photographs. Raises ValueError when the data are not those of the run, and as `read_train` does."
+    exclude = read_yaml(run_dir / "params.yaml").get("exclude") or ()
+    table = read_train(data_dir, exclude).set_index("image_id")
     planned = pd.read_csv(run_dir / "folds.csv", dtype={"image_id": str})
     unknown = sorted(set(planned["image_id"]) - set(table.index))
     if unknown:
         raise ValueError(f"{data_dir} has no photograph {unknown[0]}, which {run_dir / 'folds.csv'} names")
+    return planned, table
+
+# %% ../notebooks/71_weights.ipynb #55227d43
+def _half_change(
+    run_dir: Path,  # runs/<experiment>
+    cells: list[Cell],  # its models
+    data_dir: str | Path = "",  # with train.csv; empty: the run's own
+) -> dict[str, Any] | None:  # full, half: pooled scores; photographs. None: no photographs are here, or held out
+    """Compare the out-of-fold scores of a run with whole and with halved weights.
+
+    Raises ValueError when the data are not those of the run."""
+    data_dir = data_dir or read_yaml(run_dir / "params.yaml").get("data_dir", "")
+    if not data_dir or not (Path(data_dir) / "train.csv").is_file():
+        return None
+    planned, table = _planned_photos(run_dir, data_dir)
     planned = planned[planned["fold"].isin({cell.fold for cell in cells})]
     true_N5, full_N5, half_N5 = [], [], []
     for fold, part in planned.groupby("fold"):
@@ -726,9 +736,9 @@ def _training_look(
         print(f"without the look of the training photographs: {data_dir}/train.csv is not here; give --data-dir")
         return None
     model = load_model(cell_folder(run_dir, cell) / "weights.safetensors")
-    image_path = read_train(data_dir).set_index("image_id")["image_path"]
-    planned = pd.read_csv(run_dir / "folds.csv", dtype={"image_id": str})
-    paths = [data_dir / image_path[name] for name in planned["image_id"]]
+    planned, table = _planned_photos(run_dir, data_dir)
+    check_photos(table.loc[planned["image_id"]], data_dir)
+    paths = [data_dir / table["image_path"][name] for name in planned["image_id"]]
     given = input_of(model.spec)
     batches = [
         (batch.rows, look_features(model, batch.halves[given]))
