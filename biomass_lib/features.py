@@ -180,7 +180,7 @@ def _read_ids(
         raise ValueError(f"{path}: ids listed more than once: {join_names(ids[ids.duplicated()].unique())}")
     return ids
 
-
+# %% ../notebooks/54_features.ipynb #a35b30a1
 def read_features(
     npy_path: str | Path,  # N rows of features
     ids_path: str | Path = "",  # file with their image ids; empty: the .csv of the same name

@@ -457,7 +457,7 @@ REPORT_KEYS = {  # of report.json, in order
     "kept": "last or best: the epoch whose weights were saved",
     "verdict": "the result in words, Markdown",
     "warnings": "list of sentences, Markdown",
-    "score": "{value, low, high, level, visits}: pooled out-of-fold score of the last epochs and its interval, null without one",
+    "score": "{value, low, high, level, visits}: pooled out-of-fold score of the last epochs and its interval or null",
     "last_epoch": "{value}: the same; null for a run that has none, whose score is that of the best epochs",
     "best_epoch": "{value, optimism}: the score of the best epochs, and how much higher it is; null where unknown",
     "seeds": "seed -> its score, for seeds that have all folds",
