@@ -8,12 +8,14 @@ __all__ = ['SHIFTS', 'leaf_grams', 'draw_leaves', 'true_density', 'add_artefacts
 
 # %% ../notebooks/18_demo.ipynb #d0bf292c
 import argparse
-import json
+import fcntl
 import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -25,7 +27,7 @@ import pandas as pd
 
 from .artefacts import draw_flash_dots
 from .command import command, user_path
-from .files import write_csv, write_file, write_json
+from .files import read_json, write_csv, write_file, write_json
 from .supervise import die_with_parent
 from .targets import TARGETS, weighted_r2
 
@@ -695,7 +697,7 @@ def _claim_folder(
 ) -> bool:  # False: the same set is there already
     "Claim an empty folder or find the set in it. Raises ValueError if it holds other files or another set."
     if (out / "demo.json").is_file():
-        facts = json.loads((out / "demo.json").read_text(encoding="utf-8"))
+        facts = read_json(out / "demo.json")
         other = {key for key in {*recipe, "shift"} if facts.get(key) != recipe.get(key)}
         if not other:
             return False
@@ -716,6 +718,24 @@ def _claim_folder(
     (out / ".started").touch()
     return True
 
+# %% ../notebooks/18_demo.ipynb #01b8eb6d
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    "Make a folder and lock it, unless it can't be locked. Raises ValueError if another process draws into it."
+    out.mkdir(parents=True, exist_ok=True)
+    number = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise ValueError(f"another process is drawing into {out}: wait for it, or choose another folder") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(number)
+
 # %% ../notebooks/18_demo.ipynb #3abc5465
 def render_dataset(
     out: str | Path,  # folder to fill
@@ -727,7 +747,8 @@ def render_dataset(
 ) -> dict[str, Any]:  # content of demo.json, including the ceiling
     """Render a data set in the competition's format.
 
-    Raises ValueError for fewer than 4 training photographs, an unknown shift, and a folder with other contents."""
+    Raises ValueError for fewer than 4 training photographs, an unknown shift, and a folder that is in use or holds
+    something else."""
     if workers < 0:
         raise ValueError(f"workers = {workers} must be 0 (one a core) or more")
     if n_train < 4 or n_test < 1 or seed < 0:
@@ -739,13 +760,14 @@ def render_dataset(
     recipe = {"generator": "biomass_demo", "format": _FORMAT, "seed": seed, "n_train": n_train, "n_test": n_test}
     recipe |= {"shift": list(shift)} if shift else {}
     photos = plan_photos(n_train, n_test, seed, tuple(shift))
-    if not _claim_folder(out, recipe):
-        return json.loads((out / "demo.json").read_text(encoding="utf-8"))
-    jobs = [(seed, number, photo["visit"], str(out / photo["image_path"])) for number, photo in enumerate(photos)]
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
-    truths = _write_photos(jobs, workers) if workers > 1 else [_write_photo(job) for job in jobs]
-    rows = [_truth_row(photo, truth) for photo, truth in zip(photos, truths, strict=True)]
-    return _write_tables(out, pd.DataFrame(rows), recipe)
+    with _alone(out):
+        if not _claim_folder(out, recipe):
+            return read_json(out / "demo.json")
+        jobs = [(seed, number, photo["visit"], str(out / photo["image_path"])) for number, photo in enumerate(photos)]
+        workers = min(workers or os.cpu_count() or 1, len(jobs))
+        truths = _write_photos(jobs, workers) if workers > 1 else [_write_photo(job) for job in jobs]
+        rows = [_truth_row(photo, truth) for photo, truth in zip(photos, truths, strict=True)]
+        return _write_tables(out, pd.DataFrame(rows), recipe)
 
 # %% ../notebooks/18_demo.ipynb #6e01071d
 def _write_tables(

@@ -39,8 +39,13 @@ def finished_cells(
 
 # %% ../notebooks/52_evaluate.ipynb #54cf2d31
 def _planned_folds(run_dir: Path) -> pd.Series:  # image_id -> fold
-    "Read folds.csv. Raises FileNotFoundError if the run has not begun."
-    return read_text_csv(run_dir / "folds.csv", ("image_id", "fold")).set_index("image_id")["fold"].astype(int)
+    "Read folds.csv. Raises FileNotFoundError if the run has not begun, ValueError for a fold that is no number."
+    path = run_dir / "folds.csv"
+    folds = read_text_csv(path, ("image_id", "fold")).set_index("image_id")["fold"]
+    wrong = folds.index[~folds.str.fullmatch("[0-9]{1,9}")]
+    if len(wrong):
+        raise ValueError(f"{path}: no fold number for {join_names(wrong)}; fetch the file again")
+    return folds.astype(int)
 
 
 def missing_cells(

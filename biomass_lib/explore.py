@@ -269,7 +269,9 @@ def plot_samples(
     photos: pd.DataFrame,  # of `readable_photos`
     data_dir: str | Path,  # image_path is relative to it
 ) -> Figure:
-    "Draw six equally spaced rows, from first to last, with their masses."
+    "Draw six equally spaced rows, from first to last, with their masses. Raises ValueError for no rows."
+    if not len(photos):
+        raise ValueError("there is no readable photograph to draw: the audit says what is wrong with them")
     rows = photos.iloc[np.unique(np.linspace(0, len(photos) - 1, 6).round().astype(int))]
     figure, axes = _panels(3, 2, (7.2, 6.2))
     for axis in axes.flat:
@@ -340,8 +342,11 @@ def field_ridge_oof(
     n_folds: int = 5,  # at most as many as there are dates
     seed: int = 0,  # of the folds
 ) -> pd.DataFrame:  # the table with the columns of oof.csv: fold, <mass>_pred
-    "Predict each photograph's masses from NDVI and height, out of fold."
-    fold_N = assign_folds(table, min(n_folds, table["Sampling_Date"].nunique()), "date", seed)
+    "Predict each photograph's masses from NDVI and height, out of fold. Raises ValueError for a single date."
+    dates = table["Sampling_Date"].nunique()
+    if dates < 2:
+        raise ValueError(f"all {len(table)} photographs are of one date: out-of-fold errors need at least two dates")
+    fold_N = assign_folds(table, min(n_folds, dates), "date", seed)
     mass_N5 = ridge_oof(table[["Pre_GSHH_NDVI", "Height_Ave_cm"]].to_numpy(), table[list(TARGETS)].to_numpy(), fold_N)
     return table.assign(fold=fold_N, **{f"{name}_pred": mass_N5[:, i] for i, name in enumerate(TARGETS)})
 

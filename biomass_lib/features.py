@@ -7,6 +7,7 @@ __all__ = ['extract_features', 'read_features', 'align_features', 'fit_heads', '
 
 # %% ../notebooks/54_features.ipynb #16386c87
 import argparse
+import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -161,11 +162,14 @@ def extract_features(
 def _read_ids(
     path: Path,  # CSV with the column image_id, or text with one id a line
 ) -> pd.Index:  # image ids
-    "Read the ids of the rows. Raises FileNotFoundError, or ValueError for repeated or too long ids."
+    "Read the ids of the rows. Raises FileNotFoundError, or ValueError for repeated ids and lines that are none."
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: one image id a line, in the order of the array's rows")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    if lines and "image_id" in lines[0].split(","):
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it with this encoding ({error})") from error
+    if "image_id" in next(csv.reader(lines[:1]), []):  # perhaps in quotes
         ids = pd.Index(read_text_csv(path, ("image_id",))["image_id"], name="image_id")
     else:
         ids = pd.Index([line for line in lines if line], name="image_id")
@@ -176,7 +180,7 @@ def _read_ids(
         raise ValueError(f"{path}: ids listed more than once: {join_names(ids[ids.duplicated()].unique())}")
     return ids
 
-
+# %% ../notebooks/54_features.ipynb #a35b30a1
 def read_features(
     npy_path: str | Path,  # N rows of features
     ids_path: str | Path = "",  # file with their image ids; empty: the .csv of the same name
@@ -202,16 +206,27 @@ def read_features(
     return pd.DataFrame(features_ND, index=ids)
 
 # %% ../notebooks/54_features.ipynb #958f0c9e
+def _ids_file(
+    out: str | Path,  # file for features
+) -> Path:  # file for their image ids
+    "Name the .csv beside a .npy file. Raises ValueError for another ending, or a .csv that holds other columns."
+    out = Path(out)
+    if out.suffix != ".npy":
+        raise ValueError(f"features go into a .npy file, not {out}")
+    ids = out.with_suffix(".csv")
+    if ids.is_file() and ids.read_bytes().splitlines()[:1] not in ([b"image_id"], []):
+        raise ValueError(f"{ids} holds more than image ids, which would replace it: take another name than {out.name}")
+    return ids
+
+
 def _save_features(
     features: pd.DataFrame,  # by image_id
     out: str | Path,  # file ending in .npy; the ids go into the .csv of the same name
 ) -> None:
-    "Write features and ids, never as a mismatched pair. Raises ValueError unless `out` ends in .npy."
-    out = Path(out)
-    if out.suffix != ".npy":
-        raise ValueError(f"features go into a .npy file, not {out}")
-    out.unlink(missing_ok=True)
-    write_csv(pd.DataFrame({"image_id": features.index}), out.with_suffix(".csv"))
+    "Write features and ids, never as a mismatched pair. Raises as `_ids_file` does."
+    ids = _ids_file(out)
+    Path(out).unlink(missing_ok=True)
+    write_csv(pd.DataFrame({"image_id": features.index}), ids)
     write_file(out, partial(np.save, arr=features.to_numpy(), allow_pickle=False))
 
 # %% ../notebooks/54_features.ipynb #0721e663
@@ -382,6 +397,8 @@ def features_main(
     args = _parser().parse_args(arguments)
     if args.out and Path(args.out).suffix != ".npy":
         raise ValueError(f"--out {args.out} must end in .npy")
+    if args.out:
+        _ids_file(args.out)
     if args.img_size < 32:
         raise ValueError(f"--img-size {args.img_size} must be at least 32 pixels")
     table = read_train(args.data_dir)

@@ -39,7 +39,8 @@ def temporary_path(
     path = Path(path)
     place = path.parent / folder
     place.mkdir(parents=True, exist_ok=True)
-    return place / f".{path.name[:100]}.{host_name()}.{os.getpid()}.{uuid.uuid4().hex[:12]}.tmp"
+    start = os.fsencode(path.name)[:100].decode(errors="ignore")  # a name has at most 255 bytes
+    return place / f".{start}.{host_name()}.{os.getpid()}.{uuid.uuid4().hex[:12]}.tmp"
 
 # %% ../notebooks/01_files.ipynb #1c51caa4
 def is_alive(
@@ -143,8 +144,9 @@ def write_file(
         else:
             _claim_name(temporary, path)
     except OSError as error:
-        if error.filename is None:  # errors of writes don't name the file
-            raise type(error)(error.errno, error.strerror, str(path)) from error
+        if error.filename is None:  # errors of writes don't name the file, and numpy's have no number
+            number, words = error.errno or errno.EIO, error.strerror or f"could not be written, {error}"
+            raise type(error)(number, words, str(path)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -166,6 +166,8 @@ def assign_folds(
         warnings.simplefilter("ignore", UserWarning)
         for fold, (_, held_out) in enumerate(splitter.split(group_N, stratum_N, group_N)):
             fold_N[held_out] = fold
+    if len(set(fold_N.tolist())) < n_folds:  # scikit-learn may leave a fold empty where strata are few dates each
+        return _deal_evenly(group_N, stratum_N, n_folds, seed)
     return fold_N
 
 # %% ../notebooks/13_folds.ipynb #1612e869
@@ -177,7 +179,7 @@ def read_folds(
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: it is written when the first fold of an experiment starts")
     folds = read_text_csv(path, ("image_id", "fold"))
-    bad = folds.loc[~folds["fold"].str.fullmatch(r"\d+") | folds["image_id"].duplicated(), "image_id"]
+    bad = folds.loc[~folds["fold"].str.fullmatch("[0-9]{1,9}") | folds["image_id"].duplicated(), "image_id"]
     if len(bad):
         raise ValueError(f"{path}: no fold number, or a photograph listed twice: {join_names(bad)}")
     by_id = folds.set_index("image_id")["fold"].astype(int)

@@ -282,6 +282,15 @@ def report_tiles(
     return tiles
 
 # %% ../notebooks/55_report.ipynb #c3461440
+def _describe_interval(judged: Judged) -> str:
+    "Give the interval of the score, or say that there is none."
+    low, high = (judged.table.loc["model", name] for name in ("low", "high"))
+    if not np.isfinite(low):
+        return f"With {judged.n_visits} visits, too few, it has no interval. "
+    ends = f"The 95 % interval runs from {low:.2f} to {high:.2f}"
+    return f"{ends} (bootstrap and jackknife over {judged.n_visits} visits). "
+
+
 def _compare_with_rival(judged: Judged) -> str:
     (delta, low, high), score = judged.delta, judged.table.loc[judged.rival, "score"]
     text = f"That is {_in_words(delta)} the {markdown_text(judged.rival)} ({score:.3f}), the best baseline. "
@@ -318,11 +327,8 @@ def describe_scores(
     "Describe the score, its interval and the baselines, with the best epoch as a footnote."
     model, score = judged.table.loc["model"], judged.table["score"]
     epoch = "at the last epoch" if judged.epoch == "last" else "at each fold's best epoch"
-    text = (
-        f"The model scores **{model['score']:.3f}** on its pooled out-of-fold predictions {epoch}. The 95 % "
-        f"interval runs from {model['low']:.2f} to {model['high']:.2f} (bootstrap and jackknife over "
-        f"{judged.n_visits} visits). "
-    )
+    text = f"The model scores **{model['score']:.3f}** on its pooled out-of-fold predictions {epoch}. "
+    text += _describe_interval(judged)
     if judged.rival:
         text += _compare_with_rival(judged)
     simple = {"training mean": "training mean", "State mean": "State mean"}
@@ -394,7 +400,10 @@ def _score_warnings(judged: Judged) -> list[str]:
             "folds are random: photographs of one visit are in training and held out, so the score is too high."
         )
     if judged.n_visits < 10:
-        lines.append(f"there are only {judged.n_visits} visits, so the intervals are rough.")
+        rough = (
+            "the intervals are rough" if np.isfinite(judged.table.loc["model", "low"]) else "scores have no interval"
+        )
+        lines.append(f"there are only {judged.n_visits} visits, so {rough}.")
     return lines
 
 # %% ../notebooks/55_report.ipynb #dd30229e
@@ -448,7 +457,7 @@ REPORT_KEYS = {  # of report.json, in order
     "kept": "last or best: the epoch whose weights were saved",
     "verdict": "the result in words, Markdown",
     "warnings": "list of sentences, Markdown",
-    "score": "{value, low, high, level, visits}: pooled out-of-fold score of the last epochs and its interval",
+    "score": "{value, low, high, level, visits}: pooled out-of-fold score of the last epochs and its interval or null",
     "last_epoch": "{value}: the same; null for a run that has none, whose score is that of the best epochs",
     "best_epoch": "{value, optimism}: the score of the best epochs, and how much higher it is; null where unknown",
     "seeds": "seed -> its score, for seeds that have all folds",
@@ -463,6 +472,11 @@ REPORT_KEYS = {  # of report.json, in order
 }
 
 # %% ../notebooks/55_report.ipynb #04f919f3
+def _or_null(value: float) -> float | None:
+    "Replace NaN, which JSON doesn't have, by null."
+    return float(value) if np.isfinite(value) else None
+
+
 def _records(frame: pd.DataFrame) -> dict[str, dict]:
     "Convert rows to a dict by name, with null in place of NaN."
     rows = frame.astype(object).where(frame.notna(), None).to_dict(orient="index")
@@ -492,8 +506,8 @@ def _report_values(
 ) -> dict[str, Any]:  # keys as in REPORT_KEYS
     "Collect the values of report.json."
     table, own = judged.table, (*CELL_PARAMETERS, "data_dir", "runs_dir", "cache_dir")
-    value, *interval = table.loc["model", ["score", "low", "high"]]
-    score = {"value": value, "low": interval[0], "high": interval[1], "level": 0.95, "visits": judged.n_visits}
+    value, low, high = (_or_null(table.loc["model", name]) for name in ("score", "low", "high"))
+    score = {"value": value, "low": low, "high": high, "level": 0.95, "visits": judged.n_visits}
     best = None if judged.best is None else table.loc[_BEST, "score"]
     folds = {cell: done for cell, done in judged.done.items() if not cell.refit}
     return {
@@ -512,7 +526,7 @@ def _report_values(
         "best_epoch": None if best is None else {"value": best, "optimism": best - value},
         "seeds": {str(seed): seed_score for seed, seed_score in judged.seeds.items()},
         "refits": [cell.seed for cell in judged.done if cell.refit],
-        "mean_of_folds": fold_scores(judged.oof)["score"].mean(),
+        "mean_of_folds": _or_null(fold_scores(judged.oof)["score"].mean()),
         "ladder": _records(table),
         "bias": _records(judged.bias),
         "coverage": {"level": judged.level, "groups": _records(judged.coverage)},
@@ -630,9 +644,11 @@ def readable_scores(
 ) -> pd.DataFrame:
     "Put each interval of the score table into one cell; drop the notes."
     frame = table.rename_axis("").reset_index()
-    frame.insert(2, "95 %", [f"{row.low:.2f}, {row.high:.2f}" for row in frame.itertuples()])
+    ends = [f"{row.low:.2f}, {row.high:.2f}" for row in frame.itertuples()]
+    frame.insert(2, "95 %", np.where(frame["low"].isna(), "-", ends))
     if frame[_DELTA[0]].notna().any():
-        deltas = [f"{row.ahead:+.2f} ({row.ahead_low:+.2f}, {row.ahead_high:+.2f})" for row in frame.itertuples()]
+        ends = [f" ({row.ahead_low:+.2f}, {row.ahead_high:+.2f})" for row in frame.itertuples()]
+        deltas = frame["ahead"].map("{:+.2f}".format) + np.where(frame["ahead_low"].isna(), "", ends)
         frame["to the ridge"] = np.where(frame[_DELTA[0]].isna(), "-", deltas)
     return frame.drop(columns=["low", "high", "note", *_DELTA])
 
