@@ -28,7 +28,15 @@ import pandas as pd
 from .claims import Cell, cell_folder
 from .cluster import run_jobs_on_cluster
 from .command import command, user_path
-from .config import CELL_PARAMETERS, MACHINE_PARAMETERS, Config, config_from_yaml, parse_value, run_config
+from biomass_lib.config import (
+    CELL_PARAMETERS,
+    MACHINE_PARAMETERS,
+    Config,
+    config_from_yaml,
+    parse_pairs,
+    parse_value,
+    run_config,
+)
 from .evaluate import read_oof
 from .files import read_json, write_csv, write_json
 from .intervals import masses_of, pooled_scores, score_interval, visit_of
@@ -910,6 +918,30 @@ class _Study:
     def tell(self, number: int, setting: Setting, failed: bool) -> str:
         return self._do(lambda: _tell_score(self.sweep, self.study, number, setting, failed))
 
+# %% ../notebooks/62_sweep.ipynb #6a975560
+def _count_trial(
+    watcher: "_TpeWatcher",
+    setting: Setting,  # of a trial not counted before
+) -> None:
+    "Take the cells of a trial off the total if its setting is known: they are trained once."
+    if setting in watcher.sweep.settings:
+        watcher.progress.total -= len(watcher.sweep.cells)
+
+
+def _plan_setting(
+    watcher: "_TpeWatcher",
+    setting: Setting,
+) -> list[Job]:
+    "List a setting's unplanned cells, and add it to the index."
+    _open_setting(setting)
+    watcher.sweep.settings = list(dict.fromkeys([*watcher.sweep.settings, setting]))
+    jobs = [job for job in watcher.sweep.jobs([setting]) if job.folder not in watcher.queued]
+    left = [job for job in jobs if not (job.folder / "done.json").is_file()]
+    watcher.queued.update(job.folder for job in jobs)
+    watcher.progress.done += len(jobs) - len(left)
+    watcher.waited_for |= {job.folder for job in left}
+    return left
+
 # %% ../notebooks/62_sweep.ipynb #94ccc330
 class _TpeWatcher(_SweepWatcher):
     "Follow a sweep and ask TPE for settings while there is room."
@@ -920,9 +952,10 @@ class _TpeWatcher(_SweepWatcher):
         self.queued, self.waited_for = set(), set()  # folders: planned here; not ended
         self.study, self.seen = _Study(sweep, storage, self.line), set()  # numbers of running trials
         for setting in self.study.complete():  # by an earlier driver
-            self._count(setting)
+            _count_trial(self, setting)
             if _is_done(sweep, setting):
-                self._plan(setting)
+                _plan_setting(self, setting)
+        self.progress.total = max(self.progress.total, self.progress.done)  # fewer were asked for this time
 
     def ended(self, job: Job, done: dict[str, Any] | None, text: str) -> None:
         self.next_look = 0.0
@@ -943,28 +976,12 @@ class _TpeWatcher(_SweepWatcher):
         running, jobs = self.study.running(), []
         for number, setting in running.items():
             if number not in self.seen:
-                self._count(setting)
+                _count_trial(self, setting)
             self.seen.add(number)
-            jobs += self._plan(setting)
+            jobs += _plan_setting(self, setting)
             failed = not any(job.folder in self.waited_for for job in self.sweep.jobs([setting]))
             self.lost += self.study.tell(number, setting, failed) == "failed"
         return jobs
-
-    def _count(self, setting: Setting) -> None:
-        "Take the cells of a trial off the total if its setting is known: they are trained once."
-        if setting in self.sweep.settings:
-            self.progress.total -= len(self.sweep.cells)
-
-    def _plan(self, setting: Setting) -> list[Job]:
-        "List a setting's unplanned cells, and add it to the index."
-        _open_setting(setting)
-        self.sweep.settings = list(dict.fromkeys([*self.sweep.settings, setting]))
-        jobs = [job for job in self.sweep.jobs([setting]) if job.folder not in self.queued]
-        left = [job for job in jobs if not (job.folder / "done.json").is_file()]
-        self.queued.update(job.folder for job in jobs)
-        self.progress.done += len(jobs) - len(left)
-        self.waited_for |= {job.folder for job in left}
-        return left
 
 # %% ../notebooks/62_sweep.ipynb #7dee1893
 def _create_study(
@@ -1077,13 +1094,10 @@ def _parse_overrides(
     pairs: list[list[str]],  # from -p
 ) -> dict[str, Any]:
     "Parse -p. Raises ValueError naming the parameter."
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"-p {twice} is given twice: keep one")
-    if "fold" in names:
+    overrides = parse_pairs(pairs)
+    if "fold" in overrides:
         raise ValueError("parameter fold is set for each cell; choose with --folds")
-    return {name: parse_value(name, text) for name, text in pairs}
+    return overrides
 
 # %% ../notebooks/62_sweep.ipynb #f403b75a
 @command("biomass_sweep")
