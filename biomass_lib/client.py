@@ -33,7 +33,7 @@ import yaml
 from .checkpoint import check_same
 from .claims import Cell, cell_folder, describe_done, find_cells, read_done
 from .command import fold_name, user_path
-from .config import CELL_PARAMETERS, MACHINE_PARAMETERS, Config, config_from_yaml, parse_value, run_config
+from .config import CELL_PARAMETERS, MACHINE_PARAMETERS, Config, config_from_yaml, parse_pairs, run_config
 from .files import read_json
 from biomass_lib.kaggle_rules import (
     check_licences,
@@ -714,7 +714,7 @@ def _read_request(
 ) -> tuple[Config, list[int | str], list[int], list[Cell]]:  # parameters, folds, seeds, cells
     "Read the parameter file and list the cells. Raises NotDone for invalid parameters or folds."
     try:
-        config = config_from_yaml(args.params, **{name: parse_value(name, text) for name, text in args.p})
+        config = config_from_yaml(args.params, **parse_pairs(args.p))
         folds = args.folds or list(range(config.n_folds))
         seeds = args.seeds or [config.seed]
         cells = [Cell.of(dataclasses.replace(config, fold=fold, seed=seed)) for fold in folds for seed in seeds]

@@ -515,7 +515,7 @@ def _place(work: _Work) -> None:
     "Queue cells with Ray while its queue is short; ask for more if there is room."
     now, room = time.monotonic(), max(8, 2 * work.slots) - len(work.placed)
     ready = [job for job, since in work.waiting.items() if since <= now]
-    if not ready and len(work.placed) < work.slots:
+    if not ready and len(work.placed) < max(1, work.slots):  # without a node, too, or the driver would end
         ready = work.watcher.more()
         work.waiting |= dict.fromkeys(ready, now)
     for job in ready[: max(0, room)]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALL', 'CHOICES', 'MACHINE_PARAMETERS', 'CELL_PARAMETERS', 'Config', 'smoke_config', 'config_to_yaml', 'read_yaml',
-           'config_from_yaml', 'run_config', 'parse_value']
+           'config_from_yaml', 'run_config', 'parse_value', 'parse_pairs']
 
 # %% ../notebooks/05_config.ipynb #feadf880
 import dataclasses
@@ -16,6 +16,7 @@ import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -291,12 +292,28 @@ def _complaint(
             return f"{words} {rules[bound]}{cores}"
     return rules["wanted"] if "accepts" in rules and not rules["accepts"](value) else ""
 
+# %% ../notebooks/05_config.ipynb #8cb2203c
+def _idle(
+    config: Any,  # a Config, or its parameters as attributes
+) -> dict[str, str]:  # parameter -> why it has no effect
+    "List parameters without effect beside the others; they must keep their defaults."
+    c, idle = config, {}
+    if c.loss != "huber":
+        idle["loss_beta_g"] = f"with loss = {c.loss}, which has no use for it"
+    if c.fold_scheme in ("period", "state"):
+        idle["fold_seed"] = f"with fold_scheme = {c.fold_scheme}, which has only one way to assign folds"
+    if c.stage2_epochs == 0:
+        idle["backbone_schedule"] = "with stage2_epochs = 0, in which no backbone is trained"
+    return idle
+
 # %% ../notebooks/05_config.ipynb #d9aa081b
 def _conflicts(
     config: Config,  # each parameter valid by itself
 ) -> Iterator[tuple[str, bool, str]]:  # parameter, whether it's refused, what it must be
     "Check parameters that depend on each other."
     c = config
+    for name, why in _idle(c).items():
+        yield name, getattr(c, name) != getattr(Config, name), f"{getattr(Config, name)} {why}"
     yield "fold", not ALL <= c.fold < c.n_folds, f"from 0 to n_folds - 1 = {c.n_folds - 1}, or all"
     seen = c.fold == ALL
     yield "keep", seen and c.keep != "last", "last with fold = all: nothing is held out that could choose an epoch"
@@ -316,10 +333,10 @@ def _conflicts(
     unlearned = c.loss_over == "primary" and c.targets == "five"
     yield "loss_over", unlearned, "all where targets = five, or two of the five masses would never be learned"
     yield "consistency", c.consistency > 0 and c.targets != "five", "0 unless targets = five: others have it built in"
-    beta = c.loss != "huber" and c.loss_beta_g != Config.loss_beta_g
-    yield "loss_beta_g", beta, f"{Config.loss_beta_g} with loss = {c.loss}, which has no use for it"
     spread = "spread" in c.aux and c.aux_weight > 0
     yield "aux", c.loss == "nll" and not spread, "with spread in it, and aux_weight above 0, where loss = nll"
+    untrained = "spread" in c.aux and c.aux_weight == 0
+    yield "aux_weight", untrained, "above 0 with spread in aux, or its spreads would be those of an untrained head"
     yield "halves", c.loss == "nll" and c.halves == "apart", "together with loss = nll: spreads are of whole quadrats"
     apart = c.halves == "apart"
     yield "halves", apart and c.model != "dense", "together unless model = dense"
@@ -328,8 +345,6 @@ def _conflicts(
         apart and c.mix > 0,
         "0 with halves = apart: a half would be compared with the masses of two photographs",
     )
-    unused = c.backbone_schedule == "rising" and c.stage2_epochs == 0
-    yield "backbone_schedule", unused, "cosine with stage2_epochs = 0, in which no backbone is trained"
     yield "swa_epochs", c.swa_epochs > c.stage2_epochs, "at most stage2_epochs"
     averaged = bool(c.swa_epochs and (c.ema_decay or c.early_stopping_patience))
     yield "swa_epochs", averaged, "0 with ema_decay, or with early_stopping_patience: it may stop before"
@@ -457,8 +472,10 @@ def run_config(
     "Read the parameters of a run, including runs of older versions. Raises as `config_from_yaml` does."
     path = Path(run_dir) / "params.yaml"
     parameters = read_yaml(path)
-    then = {name: value for name, value in _BEFORE.items() if name not in parameters}
-    return config_from_yaml(path, **then | overrides)
+    then = {name: value for name, value in _BEFORE.items() if name not in parameters} | overrides
+    values = Config().to_dict() | parameters | then
+    idle = _idle(SimpleNamespace(**{name: values[name] for name in Config().to_dict()}))  # once it was accepted
+    return config_from_yaml(path, **then | {name: getattr(Config, name) for name in idle})
 
 # %% ../notebooks/05_config.ipynb #14311e3b
 def parse_value(
@@ -482,3 +499,14 @@ def parse_value(
         return type(default)(text)
     except ValueError as error:
         raise ValueError(f"parameter {name} must be {type(default).__name__}, not {reprlib.repr(text)}") from error
+
+# %% ../notebooks/05_config.ipynb #a1082b20
+def parse_pairs(
+    pairs: list[list[str]],  # from -p NAME VALUE
+) -> dict[str, Any]:
+    "Convert parameters as typed. Raises ValueError as `parse_value` does, and for a name that is given twice."
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"-p {twice} is given twice: keep one")
+    return {name: parse_value(name, text) for name, text in pairs}

@@ -26,7 +26,7 @@ def outline_model(
     config: Config,
 ) -> MassModel:  # on the meta device, frozen as in the last epoch
     "Build a parameter file's model without weights. Raises as `build_model` does."
-    bare = replace(config, pretrained=False, backbone_weights="", aux=(), condition=False)
+    bare = replace(config, pretrained=False, backbone_weights="", aux=(), condition=False, loss="huber")
     with torch.device("meta"):
         model = build_model(bare, pd.DataFrame(1.0, index=[0], columns=list(TARGETS)))
     layers = int(re.sub(r"\D", "", config.unfreeze) or 0)  # gradual12 ends like last12

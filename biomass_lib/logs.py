@@ -213,7 +213,7 @@ def _send_weights(
     "Send the weights of a cell as an artifact."
     import wandb
 
-    name = re.sub(r"[^\w.-]+", "-", _wandb_names(config)["name"])
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", _wandb_names(config)["name"])  # all that the service takes
     weights = wandb.Artifact(name, type="model", metadata=summary)
     weights.add_file(str(out_dir / "weights.safetensors"))
     run.log_artifact(weights)
@@ -258,10 +258,10 @@ class _Wandb:
 
             if oof is not None:
                 self.run.log({"out_of_fold": wandb.Table(dataframe=oof)})
-            if self.config.wandb_weights:
-                _send_weights(self.run, self.config, self.out_dir, summary)
             for name, value in summary.items():
                 self.run.summary[name] = value
+            if self.config.wandb_weights:
+                _send_weights(self.run, self.config, self.out_dir, summary)
             self.run.finish()
 
 # %% ../notebooks/34_logs.ipynb #370070fc

@@ -775,6 +775,7 @@ def fit_ridges(
         raise ValueError(f"frozen_ridge is solved by one process, not by {world()[1]}: start one for each fold")
     plan = {"stage1_epochs": 1, "stage2_epochs": 0, "bank": max(1, config.bank), "keep": "last"}
     off = {"ema_decay": 0.0, "swa_epochs": 0, "early_stopping_patience": 0, "grad_checkpointing": False}
+    off |= {"backbone_schedule": "cosine", "layer_decay": 1.0}
     t = make_training(model, dataclasses.replace(config, **plan, **off), Path(out_dir), scale_g, None, guard)
     t.model.eval()
     row, speed = _solve_epoch(t, train_loader.dataset)

@@ -29,7 +29,7 @@ import yaml
 import biomass_lib
 from .claims import HANDED, Cell, FoldHeld, Lease, cell_folder, claim, describe_done, read_done
 from .command import command, fold_name, user_path
-from .config import ALL, Config, config_from_yaml, parse_value
+from .config import ALL, Config, config_from_yaml, parse_pairs
 from .files import read_json
 from .supervise import start_supervised
 from .warm import WarmServer
@@ -516,7 +516,7 @@ def folds_main(
 ) -> None:
     "Run biomass_folds. Exit with status 1 if a parameter is wrong or a fold fails."
     options = _folds_parser().parse_args(arguments)
-    overrides = {name: parse_value(name, text) for name, text in options.p}
+    overrides = parse_pairs(options.p)
     if "fold" in overrides:
         raise ValueError("parameter fold is set for each fold; choose with --folds")
     words = (options.params, options.folds, options.jobs, overrides, options.notebook, options.seeds)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -27,7 +28,15 @@ import pandas as pd
 from .claims import Cell, cell_folder
 from .cluster import run_jobs_on_cluster
 from .command import command, user_path
-from .config import CELL_PARAMETERS, MACHINE_PARAMETERS, Config, config_from_yaml, parse_value, run_config
+from biomass_lib.config import (
+    CELL_PARAMETERS,
+    MACHINE_PARAMETERS,
+    Config,
+    config_from_yaml,
+    parse_pairs,
+    parse_value,
+    run_config,
+)
 from .evaluate import read_oof
 from .files import read_json, write_csv, write_json
 from .intervals import masses_of, pooled_scores, score_interval, visit_of
@@ -188,10 +197,20 @@ class Sweep:
 
 # %% ../notebooks/62_sweep.ipynb #8b17edd6
 def _check_corners(sweep: Sweep) -> None:
-    "Try each value, and both ends of each range. Raises ValueError for one that its parameter does not allow."
-    for name, values in sweep.space.items():
-        for value in [values.low, values.high] if isinstance(values, _Range) else values:
+    "Try the values and the ends of ranges, alone and in pairs. Raises ValueError if they are not allowed."
+    ends = {name: [v.low, v.high] if isinstance(v, _Range) else v for name, v in sweep.space.items()}
+    for name, values in ends.items():
+        for value in values:
             sweep.setting({name: value})
+    for one, other in itertools.combinations(ends, 2):
+        for changes in _grid({one: ends[one], other: ends[other]}):
+            try:
+                dataclasses.replace(sweep.base, **changes)
+            except ValueError as error:
+                shown = " ".join(f"{name}={value}" for name, value in changes.items())
+                raise ValueError(
+                    f"{sweep.params_yaml}: {error} (with {shown}); TPE may draw any values together: leave one out"
+                ) from error
 
 # %% ../notebooks/62_sweep.ipynb #e41e693d
 def _grid(
@@ -737,11 +756,13 @@ def _fits(
 def _trial_setting(
     sweep: Sweep,
     trial: Any,  # from Optuna
-) -> Setting | None:  # None: its driver died before it had all parameters
+) -> Setting | None:  # None: its driver died before it had all parameters, or they contradict each other
     "Make a trial's setting."
     if set(trial.params) != set(sweep.space):
         return None
-    return sweep.setting(_changes_of(sweep, trial.params))
+    with contextlib.suppress(ValueError):  # the driver that drew it has said so
+        return sweep.setting(_changes_of(sweep, trial.params))
+    return None
 
 # %% ../notebooks/62_sweep.ipynb #2d939020
 def _restore_study(
@@ -808,6 +829,17 @@ def _running_settings(
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
     return found
 
+# %% ../notebooks/62_sweep.ipynb #84bc0511
+def _complete_settings(
+    sweep: Sweep,
+    study: Any,  # Optuna's
+) -> list[Setting]:  # one that TPE asked for twice is there twice
+    "Find the settings of scored trials."
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [setting for trial in trials if (setting := _trial_setting(sweep, trial)) is not None]
+
 # %% ../notebooks/62_sweep.ipynb #a5d00fdd
 def _tell_score(
     sweep: Sweep,
@@ -835,7 +867,7 @@ def _ask_setting(
     n_trials: int,  # in total
     lost: int,  # trials that failed here
 ) -> Setting | None:  # None: enough
-    "Ask TPE for one more setting."
+    "Ask TPE for one more setting. Raises ValueError for values that contradict each other."
     from optuna.samplers import TPESampler
     from optuna.trial import TrialState
 
@@ -845,7 +877,11 @@ def _ask_setting(
     before = len(states) - states.count(TrialState.WAITING)
     study.sampler = TPESampler(seed=before, n_startup_trials=min(10, max(3, n_trials // 4)))
     trial = study.ask(_distributions(sweep))
-    return sweep.setting(_changes_of(sweep, trial.params))
+    try:
+        return sweep.setting(_changes_of(sweep, trial.params))
+    except ValueError:
+        study.tell(trial.number, state=TrialState.FAIL)
+        raise
 
 # %% ../notebooks/62_sweep.ipynb #0d0e8840
 _TELL_SECONDS = 2.0  # between checks of the study
@@ -873,11 +909,38 @@ class _Study:
     def running(self) -> dict[int, Setting]:
         return self._do(lambda: _running_settings(self.sweep, self.study))
 
+    def complete(self) -> list[Setting]:
+        return self._do(lambda: _complete_settings(self.sweep, self.study))
+
     def ask(self, n_trials: int, lost: int) -> Setting | None:
         return self._do(lambda: _ask_setting(self.sweep, self.study, n_trials, lost))
 
     def tell(self, number: int, setting: Setting, failed: bool) -> str:
         return self._do(lambda: _tell_score(self.sweep, self.study, number, setting, failed))
+
+# %% ../notebooks/62_sweep.ipynb #6a975560
+def _count_trial(
+    watcher: "_TpeWatcher",
+    setting: Setting,  # of a trial not counted before
+) -> None:
+    "Take the cells of a trial off the total if its setting is known: they are trained once."
+    if setting in watcher.sweep.settings:
+        watcher.progress.total -= len(watcher.sweep.cells)
+
+
+def _plan_setting(
+    watcher: "_TpeWatcher",
+    setting: Setting,
+) -> list[Job]:
+    "List a setting's unplanned cells, and add it to the index."
+    _open_setting(setting)
+    watcher.sweep.settings = list(dict.fromkeys([*watcher.sweep.settings, setting]))
+    jobs = [job for job in watcher.sweep.jobs([setting]) if job.folder not in watcher.queued]
+    left = [job for job in jobs if not (job.folder / "done.json").is_file()]
+    watcher.queued.update(job.folder for job in jobs)
+    watcher.progress.done += len(jobs) - len(left)
+    watcher.waited_for |= {job.folder for job in left}
+    return left
 
 # %% ../notebooks/62_sweep.ipynb #94ccc330
 class _TpeWatcher(_SweepWatcher):
@@ -887,7 +950,12 @@ class _TpeWatcher(_SweepWatcher):
         super().__init__(sweep, total=n_trials * len(sweep.cells), **options)
         self.n_trials, self.next_look, self.lost = n_trials, 0.0, 0
         self.queued, self.waited_for = set(), set()  # folders: planned here; not ended
-        self.study = _Study(sweep, storage, self.line)
+        self.study, self.seen = _Study(sweep, storage, self.line), set()  # numbers of running trials
+        for setting in self.study.complete():  # by an earlier driver
+            _count_trial(self, setting)
+            if _is_done(sweep, setting):
+                _plan_setting(self, setting)
+        self.progress.total = max(self.progress.total, self.progress.done)  # fewer were asked for this time
 
     def ended(self, job: Job, done: dict[str, Any] | None, text: str) -> None:
         self.next_look = 0.0
@@ -907,21 +975,13 @@ class _TpeWatcher(_SweepWatcher):
         "Plan cells of running trials, and finish trials whose cells have ended."
         running, jobs = self.study.running(), []
         for number, setting in running.items():
-            jobs += self._plan(setting)
+            if number not in self.seen:
+                _count_trial(self, setting)
+            self.seen.add(number)
+            jobs += _plan_setting(self, setting)
             failed = not any(job.folder in self.waited_for for job in self.sweep.jobs([setting]))
             self.lost += self.study.tell(number, setting, failed) == "failed"
         return jobs
-
-    def _plan(self, setting: Setting) -> list[Job]:
-        "List a setting's unplanned cells, and add it to the index."
-        _open_setting(setting)
-        self.sweep.settings = list(dict.fromkeys([*self.sweep.settings, setting]))
-        jobs = [job for job in self.sweep.jobs([setting]) if job.folder not in self.queued]
-        left = [job for job in jobs if not (job.folder / "done.json").is_file()]
-        self.queued.update(job.folder for job in jobs)
-        self.progress.done += len(jobs) - len(left)
-        self.waited_for |= {job.folder for job in left}
-        return left
 
 # %% ../notebooks/62_sweep.ipynb #7dee1893
 def _create_study(
@@ -947,8 +1007,13 @@ def _check_prune(
         raise ValueError(
             f"--prune compares settings at the same epoch, and {join_names(lengths)} varies: leave one out"
         )
-    if sweep.base.early_stopping_patience:
+    configs = [setting.config for setting in sweep.settings]
+    if any(config.early_stopping_patience for config in configs):
         raise ValueError("--prune needs whole curves: set early_stopping_patience = 0")
+    if any(config.model == "frozen_ridge" for config in configs):
+        raise ValueError(
+            "--prune needs curves, and a frozen_ridge has none: leave out --prune, or model = frozen_ridge"
+        )
 
 
 def _check_cluster(
@@ -1029,13 +1094,10 @@ def _parse_overrides(
     pairs: list[list[str]],  # from -p
 ) -> dict[str, Any]:
     "Parse -p. Raises ValueError naming the parameter."
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"-p {twice} is given twice: keep one")
-    if "fold" in names:
+    overrides = parse_pairs(pairs)
+    if "fold" in overrides:
         raise ValueError("parameter fold is set for each cell; choose with --folds")
-    return {name: parse_value(name, text) for name, text in pairs}
+    return overrides
 
 # %% ../notebooks/62_sweep.ipynb #f403b75a
 @command("biomass_sweep")

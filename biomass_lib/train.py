@@ -34,7 +34,7 @@ from biomass_lib.config import (
     Config,
     config_from_yaml,
     config_to_yaml,
-    parse_value,
+    parse_pairs,
     run_config,
 )
 from .dataset import HalvesDataset, make_loader
@@ -391,7 +391,7 @@ def train_main(
     parser.add_argument("parameters", type=user_path, help="parameter file, as for papermill -f")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
     args = parser.parse_args(arguments)
-    config = config_from_yaml(args.parameters, **{name: parse_value(name, value) for name, value in args.p})
+    config = config_from_yaml(args.parameters, **parse_pairs(args.p))
     with joined():
         out_dir = train_fold(config)
         if is_main():

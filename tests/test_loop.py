@@ -205,7 +205,7 @@ def test_weights_go_up_as_an_artifact_when_they_are_wanted(settings, tmp_path, m
     pytest.importorskip("wandb", reason="Weights & Biases is an extra: pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for wanted in (False, True):
-        changes = {"experiment": f"sends_{wanted}", "wandb": True, "wandb_weights": wanted, "stage2_epochs": 0}
+        changes = {"experiment": f"sends ü {wanted}", "wandb": True, "wandb_weights": wanted, "stage2_epochs": 0}
         folder = train.train_fold(dataclasses.replace(settings, runs_dir=str(tmp_path), **changes))
         (record,) = folder.glob("wandb/offline-run-*/*.wandb")
         assert (b"weights.safetensors" in record.read_bytes()) == wanted

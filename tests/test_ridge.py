@@ -33,6 +33,8 @@ def trained(tmp_path_factory):
         "layers": [-1, -2],
         "pools": "mean+gem",
         "scales": [1.0, 0.5],
+        "backbone_schedule": "rising",  # of a recipe that other models share
+        "layer_decay": 0.8,
     }
     files = {"runs_dir": str(folder / "runs"), "cache_dir": str(folder / "cache")}
     config = smoke_config(Config(**own, **files, experiment="ridge"), folder / "demo")[0]

@@ -11,7 +11,7 @@ import shape
 TREES = shape.modules(shape.ROOT)
 GRAPH = {module: shape.imports(tree) for module, tree in TREES.items()}
 CELLS = shape.export_cells(shape.ROOT)
-MOST_NAMES = 455  # public functions and classes
+MOST_NAMES = 456  # public functions and classes
 LONG_CELLS = {
     "05_config: Config": "one line a parameter",
     "34_logs: RunLog": "ten short methods",
