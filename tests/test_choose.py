@@ -76,7 +76,7 @@ def test_the_visible_test_set_says_nothing(runs, capsys):
     ("more", "words"),
     [
         (["--public", "runs/other=.7"], "--public runs/other is none of"),
-        (["--public", "runs/run0=good"], "could not convert"),
+        (["--public", "runs/run0=good"], "is not a score such as 0.61"),
         (["--submission", "runs/run0=nowhere.csv"], "nowhere.csv"),
         (["runs/nowhere"], "nowhere"),
     ],
