@@ -119,7 +119,8 @@ def readable_cells(
         directives = re.findall(r"^#\s*\|\s*(\S+)", source, re.MULTILINE)
         if cell["cell_type"] == "code":
             source = re.sub(r"^#\s*\|.*\n?", "", source, flags=re.MULTILINE).strip("\n")
-        hidden = {"hide", "default_exp"} & set(directives) or "remove" in cell["metadata"].get("tags", ())
+        removed = "remove" in cell["metadata"].get("tags", ()) and not source.startswith("# ")  # a page needs its title
+        hidden = {"hide", "default_exp"} & set(directives) or removed
         if hidden or not source.strip() or cell["cell_type"] == "code" and only_imports(source):
             continue
         metadata = {"tags": ["hide-input"]} if cell["cell_type"] == "code" and mostly_imports(source) else {}

@@ -34,6 +34,12 @@ def test_every_notebook_has_a_page_in_the_navigation(pages: Path):
     assert sorted(listed) == sorted(stems)
 
 
+def test_every_page_has_a_title_of_its_own(pages: Path):
+    first = [json.loads(path.read_text(encoding="utf-8"))["cells"][0] for path in pages.glob("notebooks/*.ipynb")]
+    titles = [re.match("# (.+)", cell["source"]) for cell in first]
+    assert all(titles) and len({title[1] for title in titles}) == len(titles)
+
+
 def test_pages_have_no_directives_and_no_hidden_cells(pages: Path):
     directive = re.compile(r"^#\s*\|.*\n?", re.MULTILINE)
     for path in sorted((pages / "notebooks").glob("*.ipynb")):
